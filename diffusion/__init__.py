@@ -1,0 +1,24 @@
+"""Behavior diffusion nu_0(a | s) and its sampling under energy guidance (Eqs. 5, 6 and 34).
+
+Read `process.py` (noise schedule and solver), `networks.py`, `training.py` (losses) and
+`sampling.py` (guided reference actions) in this order.
+"""
+
+from diffusion.networks import BehaviorModel, EnergyModel
+from diffusion.process import alpha_sigma, perturb, solve, time_grid
+from diffusion.sampling import draw_support_actions, sample_actions
+from diffusion.training import behavior_loss, energy_loss, train_behavior
+
+__all__ = [
+    "BehaviorModel",
+    "EnergyModel",
+    "alpha_sigma",
+    "behavior_loss",
+    "draw_support_actions",
+    "energy_loss",
+    "perturb",
+    "sample_actions",
+    "solve",
+    "time_grid",
+    "train_behavior",
+]
