@@ -1,0 +1,41 @@
+"""IQL: CORL's recorded updates, and the pieces that they do not cover."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import iql
+
+DATA = Path(__file__).parent / "data"
+
+
+def recorded(file, prefix):
+    return {k[len(prefix) :]: torch.from_numpy(v) for k, v in file.items() if k.startswith(prefix)}
+
+
+def test_three_updates_equal_corl():
+    file = dict(np.load(DATA / "iql_three_updates.npz"))
+    cfg = iql.Config(hidden_dim=32, offline_iterations=1000, batch_size=64)
+    agent = iql.ImplicitQLearning(11, 3, cfg, "cpu")
+    nets = {"qf": agent.qf, "q_target": agent.q_target, "vf": agent.vf, "actor": agent.actor}
+    for name, net in nets.items():
+        net.load_state_dict(recorded(file, f"init/{name}/"))
+    for i in range(3):
+        rows = recorded(file, f"batch{i}/")
+        metrics = agent.update(
+            iql.Batch(
+                rows["observations"],
+                rows["actions"],
+                rows["rewards"].flatten(),
+                rows["next_observations"],
+                rows["dones"].flatten(),
+            )
+        )
+        for loss in ("value_loss", "q_loss", "actor_loss"):
+            expected = torch.as_tensor(file[f"log{i}/{loss}"]).float()
+            torch.testing.assert_close(metrics[loss], expected.reshape(()), rtol=1e-5, atol=1e-5)
+        for name, net in nets.items():
+            for key, expected in recorded(file, f"after{i}/{name}/").items():
+                torch.testing.assert_close(net.state_dict()[key], expected, rtol=0, atol=1e-5)
