@@ -21,8 +21,17 @@ class DatasetError(Exception):
     """A problem with a data file or its download, told in one line: what is wrong, what to do."""
 
 
+class DownloadError(DatasetError):
+    """The server did not give the file."""
+
+
 class _Retry(Exception):
     """The attempt failed for a reason that the next one may not meet."""
+
+
+def one_line(text):
+    """`text`, an exception for instance, as a string without line breaks."""
+    return " ".join(str(text).split())
 
 
 @contextlib.contextmanager
@@ -31,9 +40,10 @@ def writing(path):
     try:
         yield
     except OSError as error:
+        reason = one_line(error.strerror or error)
         raise DatasetError(
-            f"cannot write {path} ({error.strerror or error}): free some space there, or set "
-            "D4RL_DATASET_DIR to another folder"
+            f"cannot write {path} ({reason}): free some space there, or set D4RL_DATASET_DIR to "
+            "another folder"
         ) from error
 
 
@@ -73,7 +83,8 @@ def download(url, path, *, attempts=5, first_delay=1.0, stall_timeout=30.0):
         stall_timeout: seconds without a byte after which a connection counts as lost.
 
     Raises:
-        DatasetError: the download failed, with the reason, or the disk can't be written.
+        DownloadError: the download failed, with the reason.
+        DatasetError: the disk can't be written.
     """
     path = Path(path)
     part = Path(f"{path}.part")
@@ -98,14 +109,13 @@ def _fetch_with_retries(url, part, attempts, first_delay, stall_timeout):
             error.close()
             reason = f"HTTP {error.code} {error.reason}"
             if error.code < 500 and error.code not in RETRIED_CLIENT_ERRORS:
-                raise DatasetError(f"cannot download {url}: {reason}") from error
+                raise DownloadError(f"cannot download {url}: {reason}") from error
         except (OSError, http.client.HTTPException, _Retry) as error:
-            text = str(getattr(error, "reason", error)) or type(error).__name__
-            reason = " ".join(text.split())
+            reason = one_line(getattr(error, "reason", error)) or type(error).__name__
         failures = 1 if _size(part) > largest else failures + 1
         largest = max(largest, _size(part))
         if failures >= attempts:
-            raise DatasetError(f"cannot download {url}: {reason}, {failures} times in a row")
+            raise DownloadError(f"cannot download {url}: {reason}, {failures} times in a row")
         delay = first_delay * 2 ** (failures - 1)
         print(f"data: {reason}; trying again in {delay:g} s", flush=True)
         time.sleep(delay)

@@ -1,0 +1,293 @@
+"""Data made on this machine by D4RL's locomotion recipe, with policies that ship with the package.
+
+D4RL drew its data from soft actor-critic runs: random = uniform actions, medium = a policy of about
+a third of the expert's score, expert = a finished one, medium-expert = half of each, medium-replay
+= what the training had seen up to medium. The policies here are of the same kind but not the same,
+and snapshots along the training stand in for the replay buffer: it is *like* D4RL's data, not it.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import gymnasium
+import h5py
+import mujoco
+import numpy as np
+from tqdm import tqdm
+
+from d4rl_gymnasium.behavior import BehaviorPolicy
+from d4rl_gymnasium.download import DatasetError, exclusive, writing
+from d4rl_gymnasium.tasks import TASKS, task
+
+POLICIES = Path(__file__).parent / "policies"
+# To be raised with any change here, in the environments or in behavior.py that changes the data.
+RECIPE_VERSION = 1
+# A unit of work with its own random numbers, so that the data don't depend on who does which.
+CHUNK_ROWS = 10_000
+
+
+def regenerated_tasks():
+    """The ids of the tasks that can be regenerated, sorted."""
+    return [env_id for env_id in sorted(TASKS) if _policies(env_id)]
+
+
+def regenerated_path(env_id, size, folder, seed=0):
+    """The cache file of a task's regenerated data; other policies or recipes have other names.
+
+    Raises:
+        ValueError: unknown task id.
+        DatasetError: no policies for this task, or an impossible size.
+    """
+    digest = _digest(_policies_or_error(env_id), seed)
+    if not isinstance(size, (int, np.integer)) or size < 1:
+        raise DatasetError(f"cannot regenerate {size} transitions: give a whole number above 0")
+    return Path(folder) / f"{env_id}-regenerated-{size}-{digest}.hdf5"
+
+
+def regenerate(env_id, size, path, seed=0, processes=None):
+    """Make `size` transitions of a task at `path`, in D4RL's format, unless the file is there.
+
+    Episodes end by a terminal or by a time-out at the task's limit; the last episode of each
+    policy's share is cut to fit and marked as timed out. The file's attributes mark it as
+    regenerated and say how. A seed gives the same arrays with any number of processes.
+
+    Args:
+        env_id: task id, one of `regenerated_tasks()`.
+        size: number of transitions.
+        path: the file, from `regenerated_path`.
+        seed: of environments and action noise.
+        processes: workers; by default one for each processor.
+
+    Raises:
+        DatasetError: no policies for this task, a worker failed, or the disk can't be written.
+    """
+    policies = _policies_or_error(env_id)
+    path = Path(path)
+    with exclusive(path):
+        if path.exists():
+            print(f"data: regenerated {env_id} from the cache, {path}", flush=True)
+            return
+        print(f"data: regenerating {size:,} transitions of {env_id} at {path}", flush=True)
+        chunks = _plan(policies, size)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            _run_workers(env_id, seed, chunks, folder, processes or os.cpu_count() or 1)
+            arrays = _joined(chunks, folder)
+        attributes = {
+            "regenerated": True,
+            "env_id": env_id,
+            "size": size,
+            "seed": seed,
+            "recipe_version": RECIPE_VERSION,
+            "mujoco_version": mujoco.__version__,
+            "policies": [_label(policy) for policy in policies],
+            "digest": _digest(policies, seed),
+        }
+        _write(path, arrays, attributes)
+
+
+def _policies(env_id):
+    """The policy file of each equal share of a task's data, in order; None means uniform actions.
+
+    Empty where files are missing, as for AntMaze and full-replay, which have no recipe here yet.
+    """
+    if TASKS[env_id].family != "locomotion":
+        return []
+    robot, variant = env_id.removesuffix("-v2").split("-", 1)
+    if variant == "random":
+        return [None]
+    if variant == "medium-replay":
+        found = POLICIES.glob(f"{robot}-replay-*.npz")
+        return sorted(found, key=lambda policy: int(policy.stem.rsplit("-", 1)[1]))
+    names = {
+        "medium": ("medium",),
+        "expert": ("expert",),
+        "medium-expert": ("medium", "expert"),
+    }
+    policies = [POLICIES / f"{robot}-{name}.npz" for name in names.get(variant, ())]
+    return policies if all(policy.exists() for policy in policies) else []
+
+
+def _policies_or_error(env_id):
+    policies = _policies(task(env_id).env_id)
+    if not policies:
+        raise DatasetError(
+            f"{env_id} can't be regenerated, no policies for it ship with the package: use "
+            f"--data d4rl, or one of {', '.join(regenerated_tasks())}"
+        )
+    return policies
+
+
+def _label(policy):
+    return policy.stem if policy else "random"
+
+
+def _digest(policies, seed):
+    """Eight hex digits of everything but task and size that the data depend on."""
+    recipe = (RECIPE_VERSION, CHUNK_ROWS, seed, mujoco.__version__)
+    digest = hashlib.sha256(repr(recipe).encode())
+    for policy in policies:
+        digest.update(_label(policy).encode())
+        digest.update(policy.read_bytes() if policy else b"")
+    return digest.hexdigest()[:8]
+
+
+def _plan(policies, size):
+    """Split `size` rows into a share for each policy and these into chunks, in the file's order."""
+    chunks = []
+    bounds = [size * i // len(policies) for i in range(len(policies) + 1)]
+    for share, policy in enumerate(policies):
+        for number, start in enumerate(range(bounds[share], bounds[share + 1], CHUNK_ROWS)):
+            rows = min(CHUNK_ROWS, bounds[share + 1] - start)
+            chunks.append(
+                {"policy": policy and str(policy), "rows": rows, "spawn_key": [share, number]}
+            )
+    return chunks
+
+
+def _chunk_file(folder, chunk):
+    return Path(folder) / "chunk-{}-{}.npz".format(*chunk["spawn_key"])
+
+
+def _run_workers(env_id, seed, chunks, folder, processes):
+    """Let workers fill `folder` with a file for each chunk; raises if one of them fails.
+
+    Plain subprocesses: `multiprocessing` would import the caller's script again in each worker.
+    One thread each, as the number of threads can change the last bit of a matrix product.
+    """
+    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    code = "import sys; from d4rl_gymnasium.regenerate import work; work(sys.argv[1])"
+    processes = min(processes, len(chunks))
+    workers, logs = [], [Path(folder) / f"worker-{i}.log" for i in range(processes)]
+    try:
+        for i, log in enumerate(logs):
+            job = json.dumps([env_id, seed, folder, chunks[i::processes]])
+            with open(log, "wb") as file:
+                workers.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", code, job],
+                        env=os.environ | single,
+                        stdin=subprocess.DEVNULL,
+                        stdout=file,
+                        stderr=file,
+                    )
+                )
+        failed = _watch(workers, chunks, folder)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    if failed is not None:
+        said = logs[failed].read_text(errors="replace").strip().splitlines()
+        reason = said[-1] if said else f"a worker ended with status {workers[failed].returncode}"
+        raise DatasetError(f"regenerating {env_id} failed ({reason}): try again, or --data d4rl")
+
+
+def _watch(workers, chunks, folder):
+    """Show progress until all workers have ended (None) or one has failed (its index)."""
+    pending = list(chunks)
+    rows = sum(chunk["rows"] for chunk in chunks)
+    with tqdm(total=rows, desc="regenerating", unit=" steps", disable=None) as bar:
+        while True:
+            codes = [worker.poll() for worker in workers]
+            for chunk in [chunk for chunk in pending if _chunk_file(folder, chunk).exists()]:
+                pending.remove(chunk)
+                bar.update(chunk["rows"])
+            failed = [i for i, code in enumerate(codes) if code]
+            if failed or None not in codes:
+                return failed[0] if failed else None
+            time.sleep(0.05)
+
+
+def work(job):
+    """What a worker process does: `job` is the JSON of [task id, seed, folder, chunks]."""
+    env_id, seed, folder, chunks = json.loads(job)
+    for chunk in chunks:
+        arrays = _collect(env_id, seed, **chunk)
+        final = _chunk_file(folder, chunk)
+        partial = final.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(partial, final)
+
+
+def _collect(env_id, seed, policy, rows, spawn_key):
+    """Run whole episodes until there are at least `rows` rows; returns all of them."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=spawn_key))
+    env = gymnasium.make(env_id).unwrapped
+    env.reset(seed=int(rng.integers(2**31)))  # seeds the resets below
+    act = _actor(policy, rng, env.action_space.shape)
+    limit = task(env_id).max_episode_steps
+    arrays = _empty(env, rows + limit)
+    row = 0
+    while row < rows:
+        observation, _ = env.reset()
+        for _ in range(limit):
+            arrays["observations"][row] = observation
+            arrays["infos/qpos"][row] = env.data.qpos
+            arrays["infos/qvel"][row] = env.data.qvel
+            action = act(observation)
+            observation, reward, terminated, _, _ = env.step(action)
+            arrays["actions"][row] = action
+            arrays["rewards"][row] = reward
+            arrays["next_observations"][row] = observation
+            arrays["terminals"][row] = terminated
+            row += 1
+            if terminated:
+                break
+        arrays["timeouts"][row - 1] = not terminated
+    env.close()
+    return {key: array[:row] for key, array in arrays.items()}
+
+
+def _actor(policy, rng, action_shape):
+    if policy is None:
+        return lambda observation: rng.uniform(-1.0, 1.0, action_shape).astype(np.float32)
+    loaded = BehaviorPolicy.load(policy)
+    return lambda observation: loaded.act(observation, rng)
+
+
+def _empty(env, rows):
+    """Arrays under D4RL's keys and in its types; log-probabilities and metadata are left out."""
+    observation, action = env.observation_space.shape, env.action_space.shape
+    widths = {
+        "observations": observation,
+        "actions": action,
+        "next_observations": observation,
+        "rewards": (),
+        "infos/qpos": env.data.qpos.shape,
+        "infos/qvel": env.data.qvel.shape,
+    }
+    arrays = {key: np.zeros((rows, *width), np.float32) for key, width in widths.items()}
+    return arrays | {key: np.zeros(rows, bool) for key in ("terminals", "timeouts")}
+
+
+def _joined(chunks, folder):
+    """The chunks' arrays in order, each share of them cut to the rows that the plan gives it."""
+    shares = {}
+    for chunk in chunks:
+        with np.load(_chunk_file(folder, chunk), allow_pickle=False) as file:
+            shares.setdefault(chunk["spawn_key"][0], []).append((chunk["rows"], dict(file)))
+    parts = []
+    for share in shares.values():
+        rows = sum(chunk_rows for chunk_rows, _ in share)
+        keys = share[0][1]
+        part = {key: np.concatenate([arrays[key] for _, arrays in share])[:rows] for key in keys}
+        part["timeouts"][-1] = not part["terminals"][-1]
+        parts.append(part)
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def _write(path, arrays, attributes):
+    partial = path.with_name(path.name + ".part")
+    with writing(path):
+        with h5py.File(partial, "w") as file:
+            file.attrs.update(attributes)
+            for key, array in arrays.items():
+                file.create_dataset(key, data=array, compression="gzip", compression_opts=1)
+        os.replace(partial, path)

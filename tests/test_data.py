@@ -1,0 +1,324 @@
+"""Data files: D4RL's own transitions to the last bit, and one clear error for each fault.
+
+`sample_hopper.hdf5` and the digests of what D4RL 1.1 made of it were recorded with that program.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+
+import gymnasium
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import d4rl_gymnasium as d4rl
+from d4rl_gymnasium import data as data_module
+from d4rl_gymnasium.download import DownloadError
+
+SAMPLE = Path(__file__).parent / "data" / "sample_hopper.hdf5"
+RECORDED = json.loads((SAMPLE.parent / "sample_hopper_qlearning.json").read_text())
+HOPPER = "hopper-medium-v2"
+
+
+def digests(arrays):
+    return {
+        key: {
+            "dtype": str(array.dtype),
+            "shape": list(array.shape),
+            "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
+        }
+        for key, array in arrays.items()
+    }
+
+
+def plain_loop(arrays, limit, terminate_on_end):
+    """The kept rows by D4RL's rule, one row after the other."""
+    rows, count = [], 0
+    for row in range(len(arrays["terminals"]) - 1):
+        terminal = arrays["terminals"][row]
+        last = arrays["timeouts"][row] if "timeouts" in arrays else count == limit - 1
+        if terminal or last:
+            count = 0
+        if last and not terminate_on_end:
+            continue
+        rows.append(row)
+        count += 1
+    return rows
+
+
+def random_arrays(n, seed=0, dims=(11, 3)):
+    rng = np.random.default_rng(seed)
+    return {
+        "observations": rng.standard_normal((n, dims[0]), dtype=np.float32),
+        "actions": rng.uniform(-1, 1, (n, dims[1])).astype(np.float32),
+        "rewards": rng.standard_normal(n, dtype=np.float32),
+        "terminals": rng.random(n) < 0.1,
+        "timeouts": rng.random(n) < 0.1,
+    }
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes an HDF5 file of 20 good rows, with `changes` to its arrays (None leaves one out)."""
+
+    def write_file(**changes):
+        path = tmp_path / "data.hdf5"
+        with h5py.File(path, "w") as file:
+            for key, array in (random_arrays(20) | changes).items():
+                if array is not None:
+                    file[key] = array
+        return path
+
+    return write_file
+
+
+@pytest.mark.parametrize("terminate_on_end", [False, True])
+def test_transitions_are_those_of_d4rl_to_the_last_bit(terminate_on_end):
+    result = d4rl.qlearning_dataset(HOPPER, str(SAMPLE), terminate_on_end=terminate_on_end)
+    assert digests(result) == RECORDED[f"terminate_on_end_{terminate_on_end}"]
+
+
+def test_transitions_without_timeouts_are_those_of_d4rl(tmp_path):
+    path = tmp_path / "old.hdf5"
+    shutil.copy(SAMPLE, path)
+    with h5py.File(path, "a") as file:
+        del file["timeouts"]
+    env = gymnasium.make(HOPPER, max_episode_steps=30)
+    assert digests(d4rl.qlearning_dataset(env, path)) == RECORDED["no_timeouts_key_30"]
+
+
+def test_a_given_dataset_replaces_the_file():
+    raw = d4rl.get_dataset(HOPPER, SAMPLE)
+    result = d4rl.qlearning_dataset(HOPPER, data="not read", dataset=raw)
+    assert digests(result) == RECORDED["terminate_on_end_False"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(2, 60), st.integers(2, 12), st.booleans(), st.booleans(), st.integers(0, 2**32 - 1)
+)
+def test_any_data_gives_what_the_plain_loop_gives(n, limit, has_timeouts, terminate_on_end, seed):
+    arrays = random_arrays(n, seed)
+    if not has_timeouts:
+        del arrays["timeouts"]
+    env = gymnasium.make(HOPPER, max_episode_steps=limit)
+    rows = plain_loop(arrays, limit, terminate_on_end)
+    if not rows:
+        with pytest.raises(d4rl.DatasetError, match="no transition"):
+            d4rl.qlearning_dataset(env, dataset=arrays, terminate_on_end=terminate_on_end)
+        return
+    result = d4rl.qlearning_dataset(env, dataset=arrays, terminate_on_end=terminate_on_end)
+    for key in ("observations", "actions", "rewards", "terminals"):
+        np.testing.assert_array_equal(result[key], arrays[key][rows])
+    np.testing.assert_array_equal(
+        result["next_observations"], arrays["observations"][np.array(rows) + 1]
+    )
+
+
+def test_an_id_has_the_episode_limit_of_its_task():
+    arrays = random_arrays(2500) | {"terminals": np.zeros(2500, bool)}
+    del arrays["timeouts"]
+    rewards = d4rl.qlearning_dataset(HOPPER, dataset=arrays)["rewards"]
+    np.testing.assert_array_equal(rewards, np.delete(arrays["rewards"], [999, 1999, 2499]))
+
+
+def test_a_large_dataset_takes_no_loop_over_rows():
+    arrays = random_arrays(300_000)
+    before = time.process_time()
+    d4rl.qlearning_dataset(HOPPER, dataset=arrays)
+    # 0.05 s here; a Python loop over the rows takes over 1 s.
+    assert time.process_time() - before < 0.5
+
+
+def test_raw_arrays_are_those_of_the_file():
+    raw = d4rl.get_dataset(gymnasium.make(HOPPER), SAMPLE)
+    with h5py.File(SAMPLE) as file:
+        assert set(raw) == {*file} - {"infos"} | {"infos/qpos", "infos/qvel"}
+        for key, array in raw.items():
+            np.testing.assert_array_equal(array, file[key][()])
+            assert array.dtype == file[key].dtype
+
+
+def test_metadata_and_columns_of_one(tmp_path, write):
+    path = write(rewards=np.ones((20, 1), np.float32))
+    with h5py.File(path, "a") as file:
+        file["metadata/policy/bias"] = np.zeros(20)
+        file["metadata/algorithm"] = "SAC"
+        file["version"] = 2
+    raw = d4rl.get_dataset(HOPPER, path)
+    assert set(raw) == set(random_arrays(2))
+    assert raw["rewards"].shape == (20,)
+
+
+@pytest.mark.parametrize("robot", ["hopper", "walker2d", "halfcheetah", "antmaze"])
+def test_the_shapes_are_those_of_the_environments(robot):
+    for env_id, known in d4rl.TASKS.items():
+        if env_id.startswith(robot):
+            env = gymnasium.make(env_id)
+            dims = (env.observation_space.shape[0], env.action_space.shape[0])
+            assert data_module.ROBOT_SHAPES[known.robot] == dims
+            env.close()
+            return
+
+
+# Each fault: changes to a good file, then what the message has to say.
+FAULTS = {
+    "missing key": ({"actions": None}, "no actions"),
+    "two missing keys": ({"actions": None, "rewards": None}, "no actions, rewards"),
+    "observations of another robot": (
+        {"observations": np.zeros((20, 17), np.float32)},
+        r"observations have shape \(20, 17\).*needs \(20, 11\)",
+    ),
+    "actions of another robot": (
+        {"actions": np.zeros((20, 6), np.float32)},
+        r"actions have shape \(20, 6\).*needs \(20, 3\)",
+    ),
+    "rewards too short": ({"rewards": np.zeros(19)}, r"rewards have shape \(19,\)"),
+    "terminals too long": ({"terminals": np.zeros(21, bool)}, r"terminals have shape \(21,\)"),
+    "timeouts too short": ({"timeouts": np.zeros(3, bool)}, r"timeouts have shape \(3,\)"),
+    "a scalar": ({"observations": 1.0}, r"observations have shape \(\)"),
+    "NaN observation": ({"observations": np.full((20, 11), np.nan)}, "observations hold NaN"),
+    "infinite reward": ({"rewards": np.full(20, np.inf)}, "rewards hold NaN or infinite"),
+    "NaN action": ({"actions": np.full((20, 3), np.nan)}, "actions hold NaN"),
+    "NaN terminal": ({"terminals": np.full(20, np.nan)}, "terminals hold values other than 0"),
+    "action out of bounds": ({"actions": np.full((20, 3), -1.001)}, "actions reach 1.001"),
+    "text": ({"rewards": ["a"] * 20}, "rewards are no numbers"),
+    "empty": (
+        {key: array[:0] for key, array in random_arrays(1).items()},
+        "is empty",
+    ),
+}
+
+
+@pytest.mark.parametrize("load", [d4rl.get_dataset, d4rl.qlearning_dataset])
+@pytest.mark.parametrize(("changes", "message"), FAULTS.values(), ids=FAULTS)
+def test_a_bad_file_is_one_clear_error(write, load, changes, message):
+    path = write(**changes)
+    with pytest.raises(d4rl.DatasetError, match=message) as raised:
+        load(HOPPER, path)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_bad_given_dataset_is_named_so():
+    with pytest.raises(d4rl.DatasetError, match="the given dataset.*rewards hold NaN"):
+        d4rl.qlearning_dataset(HOPPER, dataset=random_arrays(5) | {"rewards": np.full(5, np.nan)})
+
+
+def test_one_row_has_no_transition(write):
+    path = write(**random_arrays(1))
+    with pytest.raises(d4rl.DatasetError, match="no transition with a next observation"):
+        d4rl.qlearning_dataset(HOPPER, path)
+
+
+def test_an_action_rounded_past_its_bound_is_no_fault(write):
+    path = write(actions=np.full((20, 3), np.nextafter(np.float32(1), np.float32(2))))
+    assert len(d4rl.get_dataset(HOPPER, path)["actions"]) == 20
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"x" * 5000])
+def test_a_file_that_is_not_hdf5(tmp_path, content):
+    path = tmp_path / "data.hdf5"
+    path.write_bytes(content)
+    with pytest.raises(d4rl.DatasetError, match="data.hdf5 is not a readable HDF5 file"):
+        d4rl.get_dataset(HOPPER, path)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
+def test_a_truncated_file(tmp_path, share):
+    path = tmp_path / "data.hdf5"
+    content = SAMPLE.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(d4rl.DatasetError, match="data.hdf5 is truncated or damaged") as raised:
+        d4rl.get_dataset(HOPPER, path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_damaged_file(tmp_path):
+    path = tmp_path / "data.hdf5"
+    content = bytearray(SAMPLE.read_bytes())
+    with h5py.File(SAMPLE) as file:
+        chunk = file["observations"].id.get_chunk_info(0)
+    content[chunk.byte_offset : chunk.byte_offset + chunk.size] = bytes(chunk.size)
+    path.write_bytes(content)
+    with pytest.raises(d4rl.DatasetError, match="data.hdf5 is truncated or damaged"):
+        d4rl.get_dataset(HOPPER, path)
+
+
+@pytest.mark.parametrize("name", ["nowhere.hdf5", "."])
+def test_a_path_without_a_file_says_what_data_can_be(tmp_path, name):
+    with pytest.raises(d4rl.DatasetError, match="is not a file: --data is d4rl, regenerated or"):
+        d4rl.get_dataset(HOPPER, tmp_path / name)
+
+
+def test_an_unknown_task_is_named_with_its_nearest():
+    with pytest.raises(ValueError, match="hopper-medum-v2.*hopper-medium-v2"):
+        d4rl.get_dataset("hopper-medum-v2", SAMPLE)
+    with pytest.raises(ValueError, match="a task id or an environment"):
+        d4rl.get_dataset(object(), SAMPLE)
+
+
+def test_the_cache_is_d4rls(cache, monkeypatch):
+    name = "hopper_medium-v2.hdf5"
+    assert d4rl.dataset_path(HOPPER) == cache / name
+    monkeypatch.delenv("D4RL_DATASET_DIR")
+    assert d4rl.dataset_path(HOPPER) == Path.home() / ".d4rl" / "datasets" / name
+    assert d4rl.dataset_path(HOPPER, "~/mine.hdf5") == Path.home() / "mine.hdf5"
+
+
+def test_a_cached_file_needs_no_network(cache, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", None)
+    shutil.copy(SAMPLE, d4rl.dataset_path(HOPPER))
+    result = d4rl.qlearning_dataset(gymnasium.make(HOPPER))
+    assert digests(result) == RECORDED["terminate_on_end_False"]
+
+
+@pytest.mark.parametrize("env_id", [HOPPER, "antmaze-umaze-v2"])
+def test_a_failed_download_names_url_path_and_the_other_way(cache, monkeypatch, env_id):
+    def fail(url, path):
+        raise DownloadError(f"cannot download {url}: HTTP 404 Not Found")
+
+    monkeypatch.setattr(data_module, "download", fail)
+    with pytest.raises(d4rl.DatasetError) as raised:
+        d4rl.get_dataset(env_id)
+    message = str(raised.value)
+    for part in (
+        d4rl.task(env_id).dataset_url,
+        str(d4rl.dataset_path(env_id)),
+        "--data regenerated",
+        "HTTP 404",
+    ):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_a_download_lands_in_the_cache(cache, monkeypatch):
+    def copy(url, path):
+        assert url == d4rl.task(HOPPER).dataset_url
+        shutil.copy(SAMPLE, path)
+
+    monkeypatch.setattr(data_module, "download", copy)
+    assert len(d4rl.get_dataset(HOPPER)["rewards"]) == 400
+    assert (cache / "hopper_medium-v2.hdf5").exists()
+
+
+def test_a_regenerated_file_does_not_pass_for_d4rls(cache, write):
+    path = write()
+    with h5py.File(path, "a") as file:
+        file.attrs["regenerated"] = True
+    assert len(d4rl.get_dataset(HOPPER, path)["rewards"]) == 20
+    shutil.copy(path, d4rl.dataset_path(HOPPER))
+    with pytest.raises(d4rl.DatasetError, match="has the name of D4RL's file but was regenerated"):
+        d4rl.get_dataset(HOPPER)
