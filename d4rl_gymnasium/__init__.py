@@ -1,7 +1,20 @@
 """D4RL's v2 tasks on Gymnasium: `import d4rl_gymnasium as d4rl` registers their ids."""
 
+from d4rl_gymnasium.data import DatasetError, dataset_path, get_dataset, qlearning_dataset
+from d4rl_gymnasium.envs import get_env_state, set_env_state
 from d4rl_gymnasium.tasks import TASKS, Task, get_normalized_score, register_tasks, task
 
-__all__ = ["TASKS", "Task", "get_normalized_score", "task"]
+__all__ = [
+    "TASKS",
+    "DatasetError",
+    "Task",
+    "dataset_path",
+    "get_dataset",
+    "get_env_state",
+    "get_normalized_score",
+    "qlearning_dataset",
+    "set_env_state",
+    "task",
+]
 
 register_tasks()

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,11 +12,22 @@ import mujoco
 import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.spaces import Box
+from gymnasium.wrappers import (
+    OrderEnforcing,
+    PassiveEnvChecker,
+    TimeLimit,
+    TransformAction,
+    TransformObservation,
+    TransformReward,
+)
 
 ASSETS = Path(__file__).parent / "assets"
 # The one release that reproduces the recorded transitions of the original environments.
 EXACT_MUJOCO = "3.2.6"
 _PHYSICS = json.loads((ASSETS / "physics.json").read_text())
+# Everything that a step depends on, the solver's warm start included.
+_INTEGRATION_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+_STATELESS_WRAPPERS = (PassiveEnvChecker, TransformAction, TransformObservation, TransformReward)
 _warned_about_mujoco = False
 
 
@@ -25,24 +38,36 @@ def warn_unless_exact_mujoco():
         return
     _warned_about_mujoco = True
     warnings.warn(
-        f"MuJoCo {mujoco.__version__} is loaded, D4RL's physics is exact with {EXACT_MUJOCO} only: "
-        "3.2.7 changed the contacts of capsules and boxes (AntMaze walls), 3.5.0 the RK4 "
-        f"integrator (Hopper, Walker2d, Ant). For exact physics: pip install mujoco=={EXACT_MUJOCO}",
+        f"MuJoCo {mujoco.__version__} is loaded, but D4RL's physics is exact with {EXACT_MUJOCO} "
+        "only: 3.2.7 changed the contacts of capsules and boxes (AntMaze's walls), 3.5.0 the RK4 "
+        "integrator (Hopper, Walker2d, Ant); results may differ from published ones. "
+        f"For the exact physics: pip install mujoco=={EXACT_MUJOCO}",
         stacklevel=2,
     )
+
+
+def _require_renderer(render_mode):
+    """Raises a RuntimeError where Gymnasium would abort the process or fail obscurely."""
+    headless = sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if render_mode is None or not headless:
+        return
+    if render_mode == "human":
+        raise RuntimeError("render_mode='human' needs a display: take render_mode='rgb_array'")
+    if "MUJOCO_GL" not in os.environ:
+        raise RuntimeError(
+            "rendering without a display needs the environment variable MUJOCO_GL=egl (or osmesa), "
+            "set before Python starts"
+        )
 
 
 def set_original_masses(model, robot):
     """Puts MuJoCo 2.0's masses and inertias on the bodies of `robot` in a compiled `model`.
 
     MuJoCo 2.0 took a capsule's volume for pi r^2 (L + r), later ones take pi r^2 (L + 4r/3), so
-    today's compiler cannot derive the numbers that made the D4RL data. Bodies beyond the robot's
-    (maze walls) keep theirs.
+    today's compiler cannot derive the numbers that made the D4RL data.
     """
-    physics = _PHYSICS[robot]
-    n_bodies = len(physics["body_mass"])
-    for field, values in physics.items():
-        getattr(model, field)[:n_bodies] = values
+    for field, values in _PHYSICS[robot].items():
+        getattr(model, field)[:] = values
     # The inverse weights of bodies and joints, which contacts use, follow from the masses.
     mujoco.mj_setConst(model, mujoco.MjData(model))
 
@@ -62,6 +87,7 @@ class D4RLEnv(MujocoEnv):
 
     def __init__(self, render_mode=None, **renderer_options):
         warn_unless_exact_mujoco()
+        _require_renderer(render_mode)
         bound = np.full(self.observation_size, np.inf)
         super().__init__(
             self.xml,
@@ -89,3 +115,69 @@ class D4RLEnv(MujocoEnv):
         self.data.ctrl[:] = control
         mujoco.mj_step(self.model, self.data, nstep=self.frame_skip)
         return effort
+
+    def task_state(self):
+        """What the task remembers beside the simulator's state, as plain Python values."""
+        return {}
+
+    def set_task_state(self, state):
+        """Takes a dictionary that `task_state` made."""
+
+
+def _wrapper_states(env):
+    """Yields the outermost wrappers first, each with the name of its one changing attribute."""
+    while isinstance(env, gymnasium.Wrapper):
+        if isinstance(env, TimeLimit):
+            yield env, "_elapsed_steps"
+        elif isinstance(env, OrderEnforcing):
+            yield env, "_has_reset"
+        elif not isinstance(env, _STATELESS_WRAPPERS):
+            raise ValueError(
+                f"the state of the wrapper {type(env).__name__} cannot be saved or restored; "
+                "put it around the environment only where no resuming is needed"
+            )
+        env = env.env
+
+
+def get_env_state(env):
+    """Returns the complete state of an environment of this package as plain Python values.
+
+    `env` may be wrapped as `gymnasium.make` does, and by wrappers that only transform
+    observations, actions or rewards; any other wrapper is a ValueError. The dictionary holds
+    numbers, strings, lists and dictionaries, so `torch.load(weights_only=True)` reads it back.
+    """
+    base = env.unwrapped
+    physics = np.empty(mujoco.mj_stateSize(base.model, _INTEGRATION_STATE))
+    mujoco.mj_getState(base.model, base.data, physics, _INTEGRATION_STATE)
+    return {
+        "env_id": env.spec.id,
+        "physics": physics.tolist(),
+        "task": base.task_state(),
+        "np_random": base.np_random.bit_generator.state,
+        "action_space_np_random": base.action_space.np_random.bit_generator.state,
+        "wrappers": [getattr(wrapper, name) for wrapper, name in _wrapper_states(env)],
+    }
+
+
+def set_env_state(env, state):
+    """Puts `env` into a state of `get_env_state`: it then continues bit for bit as that one did.
+
+    Raises a ValueError when `env` is another task or wrapped differently.
+    """
+    wrappers = list(_wrapper_states(env))
+    if env.spec.id != state["env_id"] or len(wrappers) != len(state["wrappers"]):
+        raise ValueError(
+            f"the state is one of {state['env_id']} with {len(state['wrappers'])} stateful "
+            f"wrappers, the environment is {env.spec.id} with {len(wrappers)}"
+        )
+    base = env.unwrapped
+    physics = np.array(state["physics"])
+    mujoco.mj_setState(base.model, base.data, physics, _INTEGRATION_STATE)
+    # Rendering needs the body positions; the second call undoes what mj_forward does to the state.
+    mujoco.mj_forward(base.model, base.data)
+    mujoco.mj_setState(base.model, base.data, physics, _INTEGRATION_STATE)
+    base.set_task_state(state["task"])
+    base.np_random.bit_generator.state = state["np_random"]
+    base.action_space.np_random.bit_generator.state = state["action_space_np_random"]
+    for (wrapper, name), value in zip(wrappers, state["wrappers"], strict=True):
+        setattr(wrapper, name, value)

@@ -59,13 +59,13 @@ class HopperEnv(_Runner):
     max_observed_speed = 10.0
 
     def _is_healthy(self):
-        _, height, angle, *joints = self.data.qpos.tolist()
+        x, height, angle, *joints = self.data.qpos.tolist()
         # NaN compares false, so a diverged simulation counts as fallen.
         return (
-            height > 0.7
+            math.isfinite(x)
+            and 0.7 < height < math.inf
             and -0.2 < angle < 0.2
             and all(-100 < value < 100 for value in joints + self.data.qvel.tolist())
-            and height < math.inf
         )
 
 

@@ -10,6 +10,7 @@ returns every 10,000 steps; `select` picks from them the policies that D4RL's re
 
 import argparse
 import csv
+import shutil
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 from d4rl_gymnasium.behavior import BehaviorPolicy
 from d4rl_gymnasium.tasks import get_normalized_score
 
+POLICIES = Path(__file__).parent / "policies"
 EVALUATION_SEED = 10_000
 COLUMNS = [
     "step", "deterministic_mean", "deterministic_std", "stochastic_mean", "stochastic_std",
@@ -100,10 +102,50 @@ def train(args):
         model.save(directory / "checkpoint")
 
 
+def remeasure(env, directory, row):
+    """Loads a snapshot of the log and measures it afresh, without the luck of its selection."""
+    policy = BehaviorPolicy.load(directory / f"snapshot-{int(row['step']):07d}.npz")
+    noisy = episode_returns(policy, env, 50, 2 * EVALUATION_SEED, stochastic=True)
+    policy.return_mean, policy.return_std = noisy.mean(), noisy.std()
+    policy.normalized_score = 100 * get_normalized_score(env.spec.id, noisy.mean())
+    plain = episode_returns(policy, env, 20, 2 * EVALUATION_SEED, stochastic=False)
+    score = 100 * get_normalized_score(env.spec.id, plain.mean())
+    print(f"step {policy.env_steps}: with noise {policy.normalized_score:.1f}, without {score:.1f}")
+    return policy
+
+
+def select(args):
+    """Writes expert, medium and replay policies and the log of returns into `POLICIES`.
+
+    The data is gathered with the policy's noise, so it is the noisy policy that is judged: expert
+    is the best snapshot, medium the one before it whose score is nearest a third of the expert's
+    (as D4RL's), replay-0 to replay-7 are spread evenly from the random start to medium.
+    """
+    env, directory = gymnasium.make(args.env), Path(args.directory)
+    with open(directory / "returns.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    best = sorted(rows, key=lambda row: -float(row["stochastic_mean"]))[:3]
+    expert = max((remeasure(env, directory, row) for row in best), key=lambda p: p.return_mean)
+    goal = expert.normalized_score / 3
+    earlier = [row for row in rows if int(row["step"]) < expert.env_steps]
+    nearest = sorted(earlier, key=lambda row: abs(float(row["stochastic_normalized"]) - goal))[:3]
+    medium = min(
+        (remeasure(env, directory, row) for row in nearest),
+        key=lambda policy: abs(policy.normalized_score - goal),
+    )
+    until = [row for row in rows if int(row["step"]) <= medium.env_steps]
+    robot = args.env.split("-")[0]
+    expert.save(POLICIES / f"{robot}-expert.npz")
+    medium.save(POLICIES / f"{robot}-medium.npz")
+    for number, index in enumerate(np.linspace(0, len(until) - 1, 8).round().astype(int)):
+        remeasure(env, directory, until[index]).save(POLICIES / f"{robot}-replay-{number}.npz")
+    shutil.copyfile(directory / "returns.csv", POLICIES / f"{robot}-returns.csv")
+
+
 def main():
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["train"])
+    parser.add_argument("command", choices=["train", "select"])
     parser.add_argument("--env", default="hopper-medium-v2", help="task id to train in")
     parser.add_argument("--directory", required=True, help="folder for snapshots and the log")
     parser.add_argument("--seed", type=int, default=0)
@@ -112,7 +154,8 @@ def main():
     parser.add_argument("--actor_lr", type=float, default=3e-4)
     parser.add_argument("--critic_lr", type=float, default=7e-4)
     parser.add_argument("--policy_delay", type=int, default=2, help="critic updates per actor one")
-    train(parser.parse_args())
+    args = parser.parse_args()
+    {"train": train, "select": select}[args.command](args)
 
 
 if __name__ == "__main__":
