@@ -122,6 +122,14 @@ class AntMazeEnv(D4RLEnv):
         self.set_state(qpos, qvel)
         return self._observation()
 
+    def set_state(self, qpos, qvel):
+        """Sets positions (15,) and velocities (14,); the orientation's quaternion is normalized.
+
+        MuJoCo 2.0 normalized it in place, so D4RL's first observation holds a unit quaternion.
+        """
+        super().set_state(qpos, qvel)
+        mujoco.mj_normalizeQuat(self.model, self.data.qpos)
+
     def _get_reset_info(self):
         return {"goal": self.goal.copy(), "success": False}
 

@@ -170,6 +170,9 @@ def set_env_state(env, state):
             f"the state is one of {state['env_id']} with {len(state['wrappers'])} stateful "
             f"wrappers, the environment is {env.spec.id} with {len(wrappers)}"
         )
+    # The checks that Gymnasium wraps around an environment want a reset before the first step;
+    # everything that it draws is overwritten below.
+    env.reset()
     base = env.unwrapped
     physics = np.array(state["physics"])
     mujoco.mj_setState(base.model, base.data, physics, _INTEGRATION_STATE)
