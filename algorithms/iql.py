@@ -1,9 +1,9 @@
 """IQL: implicit Q-learning (Kostrikov et al., 2021), offline and then online.
 
-The trunk of the IQL group. Equation and table numbers are the DARE paper's. Online, each
-batch is half offline data and half online data, as in PEX (Zhang et al., 2023).
-
     python algorithms/iql.py --env antmaze-umaze-v2 --seed 0
+
+Online, each batch is half offline data and half online data, as in PEX (Zhang et al., 2023).
+Equation and table numbers are the DARE paper's.
 """
 
 import csv
@@ -596,7 +596,7 @@ class Run:
         scores = [row["normalized_score"] for row in self.read("eval", "online")]
         offline, last, best = scores[0], float(np.mean(scores[1:][-4:])), max(scores)
         summary = {"offline_score": offline, "last_four_mean": last, "best": best}
-        versions = {"torch": torch.__version__, "numpy": np.__version__, "data": self.cfg.data}
+        versions = {"torch": str(torch.__version__), "numpy": np.__version__, "data": self.cfg.data}
         write(self.dir / "summary.yaml", yaml.safe_dump(summary | versions, sort_keys=False))
         if self.wandb:
             self.wandb.finish()
