@@ -103,6 +103,7 @@ class Config:
     behavior_width: int = 512  # widest layer of the behavior model (CEP)
     n_support: int = 16  # K, support actions per state of Eq. 34 (AntMaze: 32)
     n_support_states: int = 0  # dataset states that get support actions; 0 is all
+    energy_hidden: int = 256  # hidden units of f_phi, App. B.5
     energy_beta: float = 3.0  # beta_E of Eq. 34 (CEP)
     energy_normalize: bool = True  # divide Q by the running mean of its spread over K actions
     energy_iterations: int = 10_000  # updates of f_phi on the offline Q before the first exchange
@@ -144,7 +145,7 @@ CSV_COLUMNS = {
     "eval": ["phase", "step", "return_mean", "return_std", "normalized_score", "success_rate"],
     "train": ["phase", "step", "steps_per_second", "value_loss", "q_loss", "actor_loss", "q", "v"],
 }
-PANELS = ["q"]  # columns of train.csv shown in the progress bar and under the learning curve
+PANELS = {"q": "mean target Q"}  # columns of train.csv shown in the bar and under the curve
 
 # DARE: App. B.1 and Table 7; the fields that the behavior model depends on; its columns
 PRESETS["antmaze"] |= {"sac_alpha": 0.01, "n_support": 32}
@@ -171,13 +172,13 @@ CHOICES |= {
 }
 FRACTIONS += ["online_expectile"]
 POSITIVE += """n_max_actions n_reference diffusion_steps behavior_batch_size behavior_width
-    n_support energy_batch_size""".split()
+    n_support energy_batch_size energy_hidden""".split()
 BEHAVIOR_FIELDS = """env behavior_seed behavior_iterations behavior_batch_size behavior_lr
     behavior_width""".split()
 SUPPORT_FIELDS = [*BEHAVIOR_FIELDS, "n_support", "n_support_states", "diffusion_steps"]
 SCORE_COLUMNS = ["exchanged", "tau", "mu_offline", "mu_online", "sigma_offline", "sigma_online"]
 CSV_COLUMNS["train"] += [*SCORE_COLUMNS, "energy_loss"]
-PANELS += ["exchanged"]
+PANELS |= {"exchanged": "pairs exchanged"}
 
 
 class Parser(pyrallis.argparsing.ArgumentParser):
@@ -450,7 +451,7 @@ class ImplicitQLearning:
 
     def set_actor_lr(self):
         """Cosine decay over the offline phase, constant online (IQL's authors, PEX)."""
-        progress = 0.0 if self.online else self.iterations / self.cfg.offline_iterations
+        progress = 0.0 if self.online else self.iterations / max(1, self.cfg.offline_iterations)
         lr = self.cfg.actor_lr * 0.5 * (1 + math.cos(math.pi * progress))
         self.optimizer.param_groups[-1]["lr"] = lr
 
@@ -557,7 +558,8 @@ class DARE:
         state_dim, action_dim = offline_buffer.dims
         device = offline_buffer.rows.device
         self.behavior = behavior_model(cfg, run, offline_buffer)
-        self.energy, self.energy_fitted = EnergyModel(state_dim, action_dim).to(device), False
+        self.energy, self.energy_fitted = EnergyModel(state_dim, action_dim, cfg.energy_hidden), False
+        self.energy.to(device)
         self.optimizer = torch.optim.Adam(self.energy.parameters(), lr=cfg.energy_lr, fused=True)
         self.q_spread = torch.ones((), device=device)
         self.n_energy_updates = 0
@@ -763,8 +765,8 @@ class Run:
                 os.truncate(self.dir / f"{name}.csv", self.resumed["csv_sizes"][name])
             else:
                 write(self.dir / f"{name}.csv", ",".join(columns) + "\n")
-        self.sums, self.counts, self.last, self.stop = {}, {}, {}, False
-        self.clock = time.perf_counter()
+        self.sums, self.counts, self.last, self.score, self.stop = {}, {}, {}, "", False
+        self.clock, self.clock_step = time.perf_counter(), 0
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self.request_stop)
         self.wandb = None if cfg.wandb == "disabled" else self.start_wandb()
@@ -829,7 +831,7 @@ class Run:
     def write_means(self, phase: str, step: int):
         """Write the means since the last call; one that is not finite ends the run."""
         now = time.perf_counter()
-        self.last = {"steps_per_second": self.cfg.log_freq / (now - self.clock)}
+        self.last = {"steps_per_second": (step - self.clock_step) / (now - self.clock)}
         for names, values in self.sums.items():
             means = (values / self.counts[names]).tolist()
             self.last |= dict(zip(names, means, strict=True))
@@ -838,20 +840,19 @@ class Run:
                 sys.exit(f"error: {name} is {value} at {phase} step {step}; the last good state "
                          f"is in {self.checkpoint}")  # fmt: skip
         self.append("train", {"phase": phase, "step": step, **self.last})
-        self.sums, self.counts, self.clock = {}, {}, now
+        self.sums, self.counts, self.clock, self.clock_step = {}, {}, now, step
 
     def after_step(self, phase: str, step: int, bar, parts: dict, evaluator):
         """Log, evaluate and save where they are due."""
-        if step % self.cfg.log_freq == 0:
+        save = step % self.cfg.checkpoint_freq == 0 or step == bar.total or self.stop
+        if step % self.cfg.log_freq == 0 or save:
             self.write_means(phase, step)
             shown = {k: f"{self.last[k]:.4g}" for k in PANELS if k in self.last}
-            bar.set_postfix(shown | getattr(bar, "score", {}), refresh=False)
+            bar.set_postfix(shown | {"score": self.score}, refresh=False)
         start = time.perf_counter()
-        every = self.cfg.eval_freq if phase == "online" else self.cfg.offline_eval_freq
-        if step % every == 0:
+        if step % (self.cfg.eval_freq if phase == "online" else self.cfg.offline_eval_freq) == 0:
             self.evaluate(phase, step, parts["agent"], evaluator)
-            bar.score = {"score": f"{self.score:.1f}"}
-        if step % self.cfg.checkpoint_freq == 0 or self.stop:
+        if save:
             self.save(phase, step, parts)
         if self.stop:
             sys.exit(f"interrupted at {phase} step {step}; the same command goes on from there")
@@ -860,12 +861,12 @@ class Run:
     def evaluate(self, phase: str, step: int, agent, evaluator):
         """Evaluate, record it, redraw curve.png; a plain line where there is no bar."""
         result = evaluator(agent)
-        self.score = result["normalized_score"]
+        self.score = f"{result['normalized_score']:.1f}"
         self.append("eval", {"phase": phase, "step": step, **result})
         self.plot()
         if not sys.stderr.isatty():
             shown = [f"{k} {v:.4g}" for k, v in self.last.items() if k in PANELS]
-            print(f"{phase} {step:,}:", f"score {self.score:.1f}", *shown, flush=True)
+            print(f"{phase} step {step:,}: score {self.score}", *shown, sep=", ", flush=True)
 
     def save(self, phase: str, step: int, parts: dict):
         """Write a checkpoint from which the run goes on as if it had not been interrupted."""
@@ -885,8 +886,9 @@ class Run:
         torch.set_rng_state(self.resumed["rng"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(self.resumed["cuda_rng"])
-        print(f"going on with {self.dir} from {phase} step {self.resumed['step']:,}", flush=True)
-        return self.resumed["step"]
+        self.clock_step = self.resumed["step"]
+        print(f"going on with {self.dir} from {phase} step {self.clock_step:,}", flush=True)
+        return self.clock_step
 
     def plot(self):
         """Draw curve.png: the online scores from the offline agent's on, and PANELS below."""
@@ -900,7 +902,7 @@ class Run:
             rows = scores if name == "normalized_score" else self.read("train", "online")
             points = np.array([(r["step"], r[name]) for r in rows if name in r]).reshape(-1, 2)
             ax.plot(*points.T, color="C0", marker="o" if rows is scores else "", ms=4)
-            ax.set_ylabel(name.replace("_", " "))
+            ax.set_ylabel(PANELS.get(name, "normalized score"))
             ax.spines[["top", "right"]].set_visible(False)
         if scores:
             offline = scores[0]["normalized_score"]
@@ -916,10 +918,11 @@ class Run:
     def finish(self):
         """Write summary.yaml, which marks the run as finished, and print the closing line."""
         scores = [row["normalized_score"] for row in self.read("eval", "online")]
-        offline, last, best = scores[0], float(np.mean(scores[1:][-4:])), max(scores)
+        offline, last, best = scores[0], float(np.mean(scores[1:][-4:] or scores)), max(scores)
         summary = {"offline_score": offline, "last_four_mean": last, "best": best}
         versions = {"torch": str(torch.__version__), "numpy": np.__version__, "data": self.cfg.data}
         write(self.dir / "summary.yaml", yaml.safe_dump(summary | versions, sort_keys=False))
+        self.lock.release()
         if self.wandb:
             self.wandb.finish()
         print(f"{self.cfg.name} on {self.cfg.env} (data: {self.cfg.data}), seed {self.cfg.seed}: "
@@ -996,7 +999,10 @@ def progress_bar(phase: str, start: int, total: int):
 def train_offline(cfg: Config, run: Run, agent, buffer: ReplayBuffer, evaluator):
     """Offline phase: updates on the dataset alone."""
     parts = {"agent": agent}
-    bar = progress_bar("offline", run.restore("offline", parts), cfg.offline_iterations)
+    start = run.restore("offline", parts)
+    if start == 0:
+        run.save("offline", 0, parts)
+    bar = progress_bar("offline", start, cfg.offline_iterations)
     for step in bar:
         run.add(agent.update(buffer.sample(cfg.batch_size)))
         run.after_step("offline", step + 1, bar, parts, evaluator)
@@ -1024,6 +1030,7 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
     parts = {"agent": agent, "online_buffer": online_buffer, "env": env}
     if cfg.exchange != "none":  # DARE
         parts["dare"] = dare = DARE(cfg, run, offline_buffer, online_buffer)
+    run.clock, run.clock_step = time.perf_counter(), 0
     start = run.restore("online", parts)
     if start == 0:
         run.evaluate("online", 0, agent, evaluator)

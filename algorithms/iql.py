@@ -1,9 +1,7 @@
-"""IQL: implicit Q-learning (Kostrikov et al., 2021), offline and then online.
+"""Implicit Q-learning, offline then online: python algorithms/iql.py --env antmaze-umaze-v2
 
-    python algorithms/iql.py --env antmaze-umaze-v2 --seed 0
-
-Online, each batch is half offline data and half online data, as in PEX (Zhang et al., 2023).
-Equation and table numbers are the DARE paper's.
+IQL is Kostrikov et al. (2021). Online, each batch is half offline data and half online data, as
+in PEX (Zhang et al., 2023). Equation and table numbers are the DARE paper's.
 """
 
 import csv
@@ -110,7 +108,7 @@ CSV_COLUMNS = {
     "eval": ["phase", "step", "return_mean", "return_std", "normalized_score", "success_rate"],
     "train": ["phase", "step", "steps_per_second", "value_loss", "q_loss", "actor_loss", "q", "v"],
 }
-PANELS = ["q"]  # columns of train.csv shown in the progress bar and under the learning curve
+PANELS = {"q": "mean target Q"}  # columns of train.csv shown in the bar and under the curve
 
 
 class Parser(pyrallis.argparsing.ArgumentParser):
@@ -366,7 +364,7 @@ class ImplicitQLearning:
 
     def set_actor_lr(self):
         """Cosine decay over the offline phase, constant online (IQL's authors, PEX)."""
-        progress = 0.0 if self.online else self.iterations / self.cfg.offline_iterations
+        progress = 0.0 if self.online else self.iterations / max(1, self.cfg.offline_iterations)
         lr = self.cfg.actor_lr * 0.5 * (1 + math.cos(math.pi * progress))
         self.optimizer.param_groups[-1]["lr"] = lr
 
@@ -441,8 +439,8 @@ class Run:
                 os.truncate(self.dir / f"{name}.csv", self.resumed["csv_sizes"][name])
             else:
                 write(self.dir / f"{name}.csv", ",".join(columns) + "\n")
-        self.sums, self.counts, self.last, self.stop = {}, {}, {}, False
-        self.clock = time.perf_counter()
+        self.sums, self.counts, self.last, self.score, self.stop = {}, {}, {}, "", False
+        self.clock, self.clock_step = time.perf_counter(), 0
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self.request_stop)
         self.wandb = None if cfg.wandb == "disabled" else self.start_wandb()
@@ -507,7 +505,7 @@ class Run:
     def write_means(self, phase: str, step: int):
         """Write the means since the last call; one that is not finite ends the run."""
         now = time.perf_counter()
-        self.last = {"steps_per_second": self.cfg.log_freq / (now - self.clock)}
+        self.last = {"steps_per_second": (step - self.clock_step) / (now - self.clock)}
         for names, values in self.sums.items():
             means = (values / self.counts[names]).tolist()
             self.last |= dict(zip(names, means, strict=True))
@@ -516,20 +514,19 @@ class Run:
                 sys.exit(f"error: {name} is {value} at {phase} step {step}; the last good state "
                          f"is in {self.checkpoint}")  # fmt: skip
         self.append("train", {"phase": phase, "step": step, **self.last})
-        self.sums, self.counts, self.clock = {}, {}, now
+        self.sums, self.counts, self.clock, self.clock_step = {}, {}, now, step
 
     def after_step(self, phase: str, step: int, bar, parts: dict, evaluator):
         """Log, evaluate and save where they are due."""
-        if step % self.cfg.log_freq == 0:
+        save = step % self.cfg.checkpoint_freq == 0 or step == bar.total or self.stop
+        if step % self.cfg.log_freq == 0 or save:
             self.write_means(phase, step)
             shown = {k: f"{self.last[k]:.4g}" for k in PANELS if k in self.last}
-            bar.set_postfix(shown | getattr(bar, "score", {}), refresh=False)
+            bar.set_postfix(shown | {"score": self.score}, refresh=False)
         start = time.perf_counter()
-        every = self.cfg.eval_freq if phase == "online" else self.cfg.offline_eval_freq
-        if step % every == 0:
+        if step % (self.cfg.eval_freq if phase == "online" else self.cfg.offline_eval_freq) == 0:
             self.evaluate(phase, step, parts["agent"], evaluator)
-            bar.score = {"score": f"{self.score:.1f}"}
-        if step % self.cfg.checkpoint_freq == 0 or self.stop:
+        if save:
             self.save(phase, step, parts)
         if self.stop:
             sys.exit(f"interrupted at {phase} step {step}; the same command goes on from there")
@@ -538,12 +535,12 @@ class Run:
     def evaluate(self, phase: str, step: int, agent, evaluator):
         """Evaluate, record it, redraw curve.png; a plain line where there is no bar."""
         result = evaluator(agent)
-        self.score = result["normalized_score"]
+        self.score = f"{result['normalized_score']:.1f}"
         self.append("eval", {"phase": phase, "step": step, **result})
         self.plot()
         if not sys.stderr.isatty():
             shown = [f"{k} {v:.4g}" for k, v in self.last.items() if k in PANELS]
-            print(f"{phase} {step:,}:", f"score {self.score:.1f}", *shown, flush=True)
+            print(f"{phase} step {step:,}: score {self.score}", *shown, sep=", ", flush=True)
 
     def save(self, phase: str, step: int, parts: dict):
         """Write a checkpoint from which the run goes on as if it had not been interrupted."""
@@ -563,8 +560,9 @@ class Run:
         torch.set_rng_state(self.resumed["rng"])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(self.resumed["cuda_rng"])
-        print(f"going on with {self.dir} from {phase} step {self.resumed['step']:,}", flush=True)
-        return self.resumed["step"]
+        self.clock_step = self.resumed["step"]
+        print(f"going on with {self.dir} from {phase} step {self.clock_step:,}", flush=True)
+        return self.clock_step
 
     def plot(self):
         """Draw curve.png: the online scores from the offline agent's on, and PANELS below."""
@@ -578,7 +576,7 @@ class Run:
             rows = scores if name == "normalized_score" else self.read("train", "online")
             points = np.array([(r["step"], r[name]) for r in rows if name in r]).reshape(-1, 2)
             ax.plot(*points.T, color="C0", marker="o" if rows is scores else "", ms=4)
-            ax.set_ylabel(name.replace("_", " "))
+            ax.set_ylabel(PANELS.get(name, "normalized score"))
             ax.spines[["top", "right"]].set_visible(False)
         if scores:
             offline = scores[0]["normalized_score"]
@@ -594,10 +592,11 @@ class Run:
     def finish(self):
         """Write summary.yaml, which marks the run as finished, and print the closing line."""
         scores = [row["normalized_score"] for row in self.read("eval", "online")]
-        offline, last, best = scores[0], float(np.mean(scores[1:][-4:])), max(scores)
+        offline, last, best = scores[0], float(np.mean(scores[1:][-4:] or scores)), max(scores)
         summary = {"offline_score": offline, "last_four_mean": last, "best": best}
         versions = {"torch": str(torch.__version__), "numpy": np.__version__, "data": self.cfg.data}
         write(self.dir / "summary.yaml", yaml.safe_dump(summary | versions, sort_keys=False))
+        self.lock.release()
         if self.wandb:
             self.wandb.finish()
         print(f"{self.cfg.name} on {self.cfg.env} (data: {self.cfg.data}), seed {self.cfg.seed}: "
@@ -674,7 +673,10 @@ def progress_bar(phase: str, start: int, total: int):
 def train_offline(cfg: Config, run: Run, agent, buffer: ReplayBuffer, evaluator):
     """Offline phase: updates on the dataset alone."""
     parts = {"agent": agent}
-    bar = progress_bar("offline", run.restore("offline", parts), cfg.offline_iterations)
+    start = run.restore("offline", parts)
+    if start == 0:
+        run.save("offline", 0, parts)
+    bar = progress_bar("offline", start, cfg.offline_iterations)
     for step in bar:
         run.add(agent.update(buffer.sample(cfg.batch_size)))
         run.after_step("offline", step + 1, bar, parts, evaluator)
@@ -700,6 +702,7 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
     env = TrainingEnv(cfg)
     online_buffer = ReplayBuffer(*offline_buffer.dims, cfg.online_iterations, agent.device)
     parts = {"agent": agent, "online_buffer": online_buffer, "env": env}
+    run.clock, run.clock_step = time.perf_counter(), 0
     start = run.restore("online", parts)
     if start == 0:
         run.evaluate("online", 0, agent, evaluator)
