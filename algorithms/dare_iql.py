@@ -1,12 +1,10 @@
-"""# DARE-I: Dynamic Alignment for RElease on implicit Q-learning (IQL).
+"""DARE-I, offline then online: python algorithms/dare_iql.py --env antmaze-umaze-v2
 
-    python algorithms/dare_iql.py --env antmaze-umaze-v2 --seed 0
+DARE (Dynamic Alignment for RElease) is Algorithm 1 with Eqs. 5 to 10, 15 and 16 on implicit
+Q-learning: this file is algorithms/iql.py plus what is marked `# DARE`.
 
-This file is algorithms/iql.py plus DARE, in blocks marked `# DARE`: Algorithm 1 with Eqs. 5 to
-10, 15 and 16.
-
-Online, each batch is half offline data and half online data, as in PEX (Zhang et al., 2023).
-Equation and table numbers are the DARE paper's.
+IQL is Kostrikov et al. (2021). Online, each batch is half offline data and half online data, as
+in PEX (Zhang et al., 2023). Equation and table numbers are the DARE paper's.
 """
 
 import csv
@@ -558,8 +556,8 @@ class DARE:
         state_dim, action_dim = offline_buffer.dims
         device = offline_buffer.rows.device
         self.behavior = behavior_model(cfg, run, offline_buffer)
-        self.energy, self.energy_fitted = EnergyModel(state_dim, action_dim, cfg.energy_hidden), False
-        self.energy.to(device)
+        self.energy = EnergyModel(state_dim, action_dim, cfg.energy_hidden).to(device)
+        self.energy_fitted = False
         self.optimizer = torch.optim.Adam(self.energy.parameters(), lr=cfg.energy_lr, fused=True)
         self.q_spread = torch.ones((), device=device)
         self.n_energy_updates = 0
