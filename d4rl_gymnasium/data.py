@@ -71,11 +71,12 @@ def qlearning_dataset(
     else:
         dataset = _checked(dict(dataset), _task_of(env_or_id), "the given dataset")
     terminals = dataset["terminals"].astype(bool)
-    if "timeouts" in dataset:
-        timeouts = dataset["timeouts"].astype(bool)
+    if terminate_on_end:
+        kept = np.ones(len(terminals), bool)
+    elif "timeouts" in dataset:
+        kept = ~dataset["timeouts"].astype(bool)
     else:
-        timeouts = _limit_steps(terminals, _episode_limit(env_or_id), terminate_on_end)
-    kept = np.ones(len(terminals), bool) if terminate_on_end else ~timeouts
+        kept = ~_limit_steps(terminals, _episode_limit(env_or_id))
     kept[-1] = False  # the last row has no next one
     if not kept.any():
         raise DatasetError("the data holds no transition with a next observation: use another file")
@@ -197,19 +198,17 @@ def _check_values(arrays, source):
             )
 
 
-def _limit_steps(terminals, limit, terminate_on_end):
+def _limit_steps(terminals, limit):
     """Mark the rows at which D4RL's step count reaches the episode limit.
 
-    D4RL counts a kept row after it has set the count to 0 for an episode's end, so the count of
-    the next episode begins at 1; only behind a dropped time-out does it begin at 0.
+    D4RL sets the count to 0 at the end of an episode and then adds the row if it keeps it: behind
+    a terminal, which is kept, the count begins at 1, behind a time-out, which is not, at 0.
     """
     marks = np.zeros(len(terminals), bool)
-    ends = np.append(np.flatnonzero(terminals), len(terminals) - 1)
-    restart = 1 if terminate_on_end else 0
     start, count = 0, 0
-    for end in ends:
-        marks[start + limit - 1 - count : end + 1 : limit - restart] = True
-        start, count = end + 1, restart if marks[end] else 1
+    for end in np.append(np.flatnonzero(terminals), len(terminals) - 1):
+        marks[start + limit - 1 - count : end + 1 : limit] = True
+        start, count = end + 1, 0 if marks[end] else 1
     return marks
 
 
