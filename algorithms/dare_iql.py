@@ -202,7 +202,8 @@ class Parser(pyrallis.argparsing.ArgumentParser):
 def convert(field: str, kind: type, value):
     """Text or a YAML value as `kind`, strictly: 2.5 is no int and 'maybe' no bool."""
     try:
-        return {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(value)
+        text = str(value)
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
         raise ValueError(f"{field} takes a value of type {kind.__name__}, got {value!r}") from None
 
@@ -1053,6 +1054,8 @@ def main(args: list[str] | None = None):
     """Train offline, or take the cached agent; fine-tune online; summarize."""
     cfg = Parser(Config, allow_abbrev=False).parse_args(args)
     device = cfg.device if cfg.device != "auto" else ("cpu", "cuda")[torch.cuda.is_available()]
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda, but torch sees no CUDA device; take --device cpu")
     try:
         dataset = d4rl.qlearning_dataset(
             cfg.env, data=cfg.data, regenerated_size=cfg.regenerated_size
