@@ -5,7 +5,7 @@ Read `process.py` (noise schedule and solver), `networks.py`, `training.py` (los
 """
 
 from diffusion.networks import BehaviorModel, EnergyModel
-from diffusion.process import alpha_sigma, perturb, solve, time_grid
+from diffusion.process import alpha_sigma, perturb, solve
 from diffusion.sampling import draw_support_actions, sample_actions
 from diffusion.training import behavior_loss, energy_loss, train_behavior
 
@@ -19,6 +19,5 @@ __all__ = [
     "perturb",
     "sample_actions",
     "solve",
-    "time_grid",
     "train_behavior",
 ]

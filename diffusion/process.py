@@ -11,6 +11,9 @@ from torch import Tensor
 # VP-SDE of Song et al. (2021), constants of CEP: beta(t) from 0.1 to 20 over t in [1e-3, 1].
 BETA_MIN, BETA_MAX = 0.1, 20.0
 T_MIN, T_MAX = 1e-3, 1.0
+# Times are evenly spaced in t^(1/5). On ten mixtures, 10 and 15 steps, powers 4 to 8 left half the
+# error of a grid even in log(alpha / sigma) or of a quadratic one; a grid even in t fails.
+GRID_POWER = 5
 
 
 def alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,77 +28,67 @@ def perturb(actions: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     return alpha[..., None] * actions + sigma[..., None] * noise
 
 
-def _log_snr(t: float) -> float:
-    alpha, sigma = alpha_sigma(torch.tensor(t, dtype=torch.float64))
-    return math.log(alpha / sigma)
-
-
-def _time(log_snr: float) -> float:
-    """Inverse of `_log_snr`: the positive root of the quadratic -log(alpha_t)."""
-    minus_log_alpha = 0.5 * math.log1p(math.exp(-2 * log_snr))
-    a, b = 0.25 * (BETA_MAX - BETA_MIN), 0.5 * BETA_MIN
-    return 2 * minus_log_alpha / (b + math.sqrt(b * b + 4 * a * minus_log_alpha))
-
-
-def time_grid(steps: int) -> list[float]:
-    """The steps + 1 times from T_MAX down to T_MIN, evenly spaced in log(alpha_t / sigma_t)."""
-    first, last = _log_snr(T_MAX), _log_snr(T_MIN)
-    return [_time(first + (last - first) * i / steps) for i in range(steps + 1)]
-
-
 class _Step(NamedTuple):
-    """One solver step: clean = scale x - noise_scale noise; x = keep x + new clean + old clean'."""
+    """Coefficients of one step of `solve`; `kept` factors multiply the state before an interval."""
 
-    scale: float
-    noise_scale: float
-    keep: float
-    new: float
-    old: float
+    signal: float
+    noise: float
+    corrector: tuple[float, float, float]  # state kept, older and newer clean action
+    predictor: tuple[float, float, float]
 
 
 @functools.lru_cache(maxsize=64)
 def _schedule(steps: int, device: torch.device) -> tuple[tuple[Tensor, ...], list[_Step]]:
-    """Times at which the noise is predicted (0-d tensors on `device`), and the coefficients."""
+    """Times of the predictions (0-d tensors on `device`) and the coefficients of the steps.
+
+    With l = log(alpha / sigma), x(l + h) = (sigma' / sigma) x(l) + alpha' times the integral of
+    e^(tau - h) clean(l + tau) over tau in [0, h].
+    """
     if steps < 1:
         raise ValueError(f"the solver needs at least 1 step, got {steps}")
-    grid = time_grid(steps)
-    alphas, sigmas = (x.tolist() for x in alpha_sigma(torch.tensor(grid, dtype=torch.float64)))
-    log_snr = [_log_snr(t) for t in grid]
-    coefficients = []
+    root = 1 / GRID_POWER
+    grid = torch.linspace(T_MAX**root, T_MIN**root, steps + 1, dtype=torch.float64) ** GRID_POWER
+    alpha, sigma = (x.tolist() for x in alpha_sigma(grid))
+    log_snr = [math.log(a / s) for a, s in zip(alpha, sigma, strict=True)]
+    corrector, coefficients, last_h = (1.0, 0.0, 0.0), [], math.inf
     for i in range(steps):
         h = log_snr[i + 1] - log_snr[i]
-        weight = -alphas[i + 1] * math.expm1(-h)
-        # Slope of the clean action from the two latest predictions; none before the second step.
-        extrapolation = 0.5 * h / (log_snr[i] - log_snr[i - 1]) if i > 0 else 0.0
-        coefficients.append(
-            _Step(
-                scale=1 / alphas[i],
-                noise_scale=sigmas[i] / alphas[i],
-                keep=sigmas[i + 1] / sigmas[i],
-                new=weight * (1 + extrapolation),
-                old=-weight * extrapolation,
-            )
-        )
+        kept, weight = sigma[i + 1] / sigma[i], -alpha[i + 1] * math.expm1(-h)
+        # First order in the first step, for want of history, and in the last, where it is better.
+        slope = 0.5 * h / last_h if i < steps - 1 else 0.0
+        predictor = (kept, -slope * weight, (1 + slope) * weight)
+        coefficients.append(_Step(1 / alpha[i], sigma[i] / alpha[i], corrector, predictor))
+        # The integral once more, clean(.) now being linear between the interval's two ends.
+        newer = alpha[i + 1] - weight / h
+        corrector, last_h = (kept, weight - newer, newer), h
     # Cached tensors must not be inference tensors, whatever the mode of the first caller.
     with torch.inference_mode(False):
-        times = torch.tensor(grid[:-1], dtype=torch.float32).to(device).unbind()
+        times = grid[:-1].to(device, torch.float32).unbind()
     return times, coefficients
 
 
 def solve(
     noise_prediction: Callable[[Tensor, Tensor], Tensor], initial_noise: Tensor, steps: int
 ) -> Tensor:
-    """Second-order multistep DPM-Solver++ (Lu et al. 2022, Algorithm 2), one prediction a step.
+    """Run the diffusion from t = 1 to 1e-3 in `steps` noise predictions; second order.
+
+    Predictor: multistep DPM-Solver++ (Lu et al. 2022b, Algorithm 2). Each prediction of the noise
+    also corrects the step that led to it (UniC of Zhao et al. 2023), which costs no evaluation and
+    halves the error: 10 steps are as good as 15 without.
 
     `noise_prediction(x, t)` takes x in the shape of `initial_noise` (standard normal, any shape)
-    and t as a 0-d tensor; it returns the predicted noise in the same shape. The state keeps the
-    type of `initial_noise` whatever type the prediction has. Raises ValueError when steps < 1.
+    and t as a 0-d tensor; it returns the noise in the same shape. The state keeps the type of
+    `initial_noise` whatever type the prediction has. Raises ValueError when steps < 1.
     """
     times, coefficients = _schedule(steps, initial_noise.device)
-    x, previous = initial_noise, torch.zeros_like(initial_noise)
+    x = predicted = initial_noise
+    previous = torch.zeros_like(initial_noise)
     for t, step in zip(times, coefficients, strict=True):
-        noise = noise_prediction(x, t).to(x.dtype)
-        clean = step.scale * x - step.noise_scale * noise
-        x = step.keep * x + step.new * clean + step.old * previous
+        noise = noise_prediction(predicted, t).to(x.dtype)
+        clean = step.signal * predicted - step.noise * noise
+        kept, older, newer = step.corrector
+        x = kept * x + older * previous + newer * clean
+        kept, older, newer = step.predictor
+        predicted = kept * x + older * previous + newer * clean
         previous = clean
-    return x
+    return predicted
