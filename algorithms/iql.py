@@ -471,7 +471,7 @@ class Run:
 
         cfg, mode = self.cfg, self.cfg.wandb
         if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
+            mode = "online" if wandb.login(prompt=False) else "offline"
         group = f"{cfg.name}-{cfg.env}"
         id_ = self.resumed["wandb_id"] if self.resumed else None
         return wandb.init(project=cfg.project, group=group, name=f"{group}-{cfg.seed}", mode=mode,
