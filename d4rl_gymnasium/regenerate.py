@@ -9,6 +9,7 @@ and snapshots along the training stand in for the replay buffer: it is *like* D4
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -75,7 +76,10 @@ def regenerate(env_id, size, path, seed=0, processes=None):
             return
         print(f"data: regenerating {size:,} transitions of {env_id} at {path}", flush=True)
         chunks = _plan(policies, size)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        prefix = f"{path.stem}-chunks-"
+        for left_by_killed_run in path.parent.glob(f"{prefix}*"):
+            shutil.rmtree(left_by_killed_run)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as folder:
             _run_workers(env_id, seed, chunks, folder, processes or os.cpu_count() or 1)
             arrays = _joined(chunks, folder)
         attributes = {
@@ -207,7 +211,10 @@ def _watch(workers, chunks, folder):
 def work(job):
     """What a worker process does: `job` is the JSON of [task id, seed, folder, chunks]."""
     env_id, seed, folder, chunks = json.loads(job)
+    parent = os.getppid()
     for chunk in chunks:
+        if os.getppid() != parent:
+            return  # the request was killed
         arrays = _collect(env_id, seed, **chunk)
         final = _chunk_file(folder, chunk)
         partial = final.with_suffix(".partial")

@@ -138,8 +138,9 @@ def test_the_number_of_processes_changes_no_bit(replay, policies, tmp_path):
 
 
 def test_a_second_request_is_a_cache_hit_that_says_so(policies, capsys):
-    first = d4rl.get_dataset("hopper-medium-v2", "regenerated", 150)
     path = d4rl.dataset_path("hopper-medium-v2", "regenerated", 150)
+    (path.parent / f"{path.stem}-chunks-of-a-killed-run").mkdir(parents=True)
+    first = d4rl.get_dataset("hopper-medium-v2", "regenerated", 150)
     assert path.name.startswith("hopper-medium-v2-regenerated-150-")
     assert path.parent.name == "regenerated"
     assert "regenerating 150 transitions" in capsys.readouterr().out
@@ -149,7 +150,7 @@ def test_a_second_request_is_a_cache_hit_that_says_so(policies, capsys):
     assert path.stat().st_mtime_ns == stamp
     kept = ~first["timeouts"][:-1]
     np.testing.assert_array_equal(again["rewards"], first["rewards"][:-1][kept])
-    assert {file.suffix for file in path.parent.iterdir()} == {".hdf5", ".lock"}
+    assert set(path.parent.iterdir()) == {path, path.with_name(path.name + ".lock")}
 
 
 def test_other_policies_recipes_and_seeds_have_other_files(policies, tmp_path, monkeypatch):
@@ -234,3 +235,17 @@ def test_two_requests_at_once_make_one_file(policies, monkeypatch):
         thread.join(40)
     assert len(runs) == 1
     assert d4rl.dataset_path(*request).exists()
+
+
+def test_the_shipped_policies_make_the_tasks_of_hopper():
+    variants = ("expert", "medium-expert", "medium-replay", "medium", "random")
+    for variant in variants:
+        assert f"hopper-{variant}-v2" in module.regenerated_tasks()
+    steps = [BehaviorPolicy.load(path).env_steps for path in module._policies(REPLAY)]
+    assert steps[0] == 0
+    assert steps == sorted(steps)
+    medium, expert = (
+        BehaviorPolicy.load(module.POLICIES / f"hopper-{name}.npz").normalized_score
+        for name in ("medium", "expert")
+    )
+    assert 0.2 < medium / expert < 0.5
