@@ -6,7 +6,7 @@ import math
 import mujoco
 import numpy as np
 
-from d4rl_gymnasium.envs import ASSETS, D4RLEnv, set_original_masses
+from d4rl_gymnasium.envs import ASSETS, RENDER_MODES, D4RLEnv, set_original_masses
 
 MAZES = json.loads((ASSETS / "mazes.json").read_text())
 CELL_SIZE = 4.0
@@ -74,7 +74,7 @@ class AntMazeEnv(D4RLEnv):
     `reset` and `step` holds `goal`, an (x, y) array, and `success`.
     """
 
-    metadata = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 10}
+    metadata = {"render_modes": RENDER_MODES, "render_fps": 10}
     robot = "ant"
     xml = "ant.xml"
     n_substeps = 5

@@ -24,6 +24,8 @@ from gymnasium.wrappers import (
 ASSETS = Path(__file__).parent / "assets"
 # The one release that reproduces the recorded transitions of the original environments.
 EXACT_MUJOCO = "3.2.6"
+# Earlier releases of Gymnasium insist on exactly these four.
+RENDER_MODES = ["human", "rgb_array", "depth_array", "rgbd_tuple"]
 _PHYSICS = json.loads((ASSETS / "physics.json").read_text())
 # Everything that a step depends on, the solver's warm start included.
 _INTEGRATION_STATE = mujoco.mjtState.mjSTATE_INTEGRATION

@@ -4,9 +4,7 @@ import math
 
 import numpy as np
 
-from d4rl_gymnasium.envs import D4RLEnv
-
-_MODES = ["human", "rgb_array", "depth_array"]
+from d4rl_gymnasium.envs import RENDER_MODES, D4RLEnv
 
 
 class _Runner(D4RLEnv):
@@ -48,7 +46,7 @@ class _Runner(D4RLEnv):
 class HopperEnv(_Runner):
     """D4RL's Hopper (observation 11, action 3); falling ends the episode."""
 
-    metadata = {"render_modes": _MODES, "render_fps": 125}
+    metadata = {"render_modes": RENDER_MODES, "render_fps": 125}
     robot = "hopper"
     xml = "hopper.xml"
     n_substeps = 4
@@ -72,7 +70,7 @@ class HopperEnv(_Runner):
 class Walker2dEnv(_Runner):
     """D4RL's Walker2d (observation 17, action 6); falling ends the episode."""
 
-    metadata = {"render_modes": _MODES, "render_fps": 125}
+    metadata = {"render_modes": RENDER_MODES, "render_fps": 125}
     robot = "walker2d"
     xml = "walker2d.xml"
     n_substeps = 4
@@ -90,7 +88,7 @@ class Walker2dEnv(_Runner):
 class HalfCheetahEnv(_Runner):
     """D4RL's HalfCheetah (observation 17, action 6); it never terminates."""
 
-    metadata = {"render_modes": _MODES, "render_fps": 20}
+    metadata = {"render_modes": RENDER_MODES, "render_fps": 20}
     robot = "halfcheetah"
     xml = "half_cheetah.xml"
     n_substeps = 5

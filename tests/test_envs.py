@@ -106,8 +106,45 @@ def test_time_limit_truncates_and_a_goal_terminates():
     env.unwrapped.set_target([0.3, 0.0])
     _, reward, terminated, truncated, info = env.step(np.zeros(8))
     assert (reward, terminated, truncated, info["success"]) == (1.0, True, False, True)
+    # The mark that is drawn is where the goal is.
+    np.testing.assert_array_equal(env.unwrapped.data.site("goal").xpos, [0.3, 0.0, 0.0])
     with pytest.raises(ValueError, match="goal"):
         env.unwrapped.set_target([1.0, 2.0, 3.0])
+
+
+# Height, angle and speed at which the original classes end an episode, and just inside.
+BOUNDS = [
+    ("hopper-medium-v2", 0.71, 0.19, 99.0, True),
+    ("hopper-medium-v2", 0.69, 0.0, 0.0, False),
+    ("hopper-medium-v2", 1.25, 0.21, 0.0, False),
+    ("hopper-medium-v2", 1.25, -0.21, 0.0, False),
+    ("hopper-medium-v2", 1.25, 0.0, -101.0, False),
+    ("walker2d-medium-v2", 0.81, 0.99, 200.0, True),
+    ("walker2d-medium-v2", 1.99, -0.99, 0.0, True),
+    ("walker2d-medium-v2", 0.79, 0.0, 0.0, False),
+    ("walker2d-medium-v2", 2.01, 0.0, 0.0, False),
+    ("walker2d-medium-v2", 1.25, 1.01, 0.0, False),
+    ("halfcheetah-medium-v2", -0.9, 3.0, 200.0, True),
+]
+
+
+@pytest.mark.parametrize(("env_id", "height", "angle", "speed", "healthy"), BOUNDS)
+def test_bounds_of_health(env_id, height, angle, speed, healthy):
+    env = gymnasium.make(env_id).unwrapped
+    env.reset(seed=0)
+    qpos, qvel = env.init_qpos.copy(), env.init_qvel.copy()
+    qpos[1:3], qvel[-1] = (height, angle), speed
+    env.set_state(qpos, qvel)
+    assert env._is_healthy() == healthy
+
+
+def test_a_diverged_hopper_has_fallen():
+    env = gymnasium.make("hopper-medium-v2").unwrapped
+    env.reset(seed=0)
+    for index, value in ((0, np.inf), (1, np.inf), (3, np.nan)):
+        env.data.qpos[:] = env.init_qpos
+        env.data.qpos[index] = value
+        assert not env._is_healthy()
 
 
 def test_set_state_sets_the_simulator():
@@ -137,7 +174,6 @@ def test_state_continues_bit_for_bit(env_id):
     goes_on = [continue_with(env, actions[30:]), env.reset()[0], env.action_space.sample()]
 
     other = gymnasium.make(env_id)
-    other.reset(seed=2)
     buffer.seek(0)
     d4rl.set_env_state(other, torch.load(buffer, weights_only=True))
     again = [continue_with(other, actions[30:]), other.reset()[0], other.action_space.sample()]
