@@ -7,7 +7,9 @@ in PEX (Zhang et al., 2023). Equation and table numbers are the DARE paper's.
 import csv
 import dataclasses
 import difflib
+import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -19,6 +21,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
@@ -117,6 +120,11 @@ class Parser(pyrallis.argparsing.ArgumentParser):
     def error(self, message):
         """Exit with one line."""
         sys.exit("error: " + " ".join(f"{message}; see --help".split()))
+
+    def set_dataclass(self, dataclass):
+        """Add the flags; pyrallis would parse this file anew for the comment of each of them."""
+        with patch("inspect.getsource", functools.cache(inspect.getsource)):
+            super().set_dataclass(dataclass)
 
     def _postprocessing(self, parsed):
         values, kinds = vars(parsed), {f.name: f.type for f in dataclasses.fields(Config)}
