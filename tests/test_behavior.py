@@ -26,13 +26,16 @@ def small_policy():
 
 
 def test_act_is_a_tanh_gaussian():
-    policy, w = small_policy(), small_policy().weights
-    observations = np.random.default_rng(1).standard_normal((3, 4))
+    policy = small_policy()
+    w = policy.weights
+    # Beyond the largest log standard deviation, which is 2.
+    w["w_log_std"][:, 0], w["b_log_std"][0] = 0, 2.5
+    observations = np.random.default_rng(1).standard_normal((30, 4))
     hidden = np.maximum(observations @ w["w0"] + w["b0"], 0)
     hidden = np.maximum(hidden @ w["w1"] + w["b1"], 0)
     mean = hidden @ w["w_mean"] + w["b_mean"]
     std = np.exp(np.clip(hidden @ w["w_log_std"] + w["b_log_std"], -20, 2))
-    noise = np.random.default_rng(2).standard_normal((3, 2), dtype=np.float32)
+    noise = np.random.default_rng(2).standard_normal((30, 2), dtype=np.float32)
     np.testing.assert_allclose(policy.act(observations), np.tanh(mean), rtol=1e-4)
     drawn = policy.act(observations, np.random.default_rng(2))
     np.testing.assert_allclose(drawn, np.tanh(mean + std * noise), rtol=1e-4, atol=1e-6)
