@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.optimize import brentq
 from scipy.stats import entropy
 
-SHOWN = settings(max_examples=150, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
 CAPS = st.sampled_from([0, 1, 32, math.inf])
 
 
@@ -121,7 +121,7 @@ FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 FLOAT32S = hnp.arrays(np.float32, st.integers(1, 6), elements=FINITE)
 
 
-@SHOWN
+@EXAMPLES
 @given(FLOAT32S, FLOAT32S)
 def test_separation_point_is_finite_and_between_the_means(x, y):
     tau = separation_point(torch.from_numpy(x), torch.from_numpy(y)).item()
@@ -155,7 +155,7 @@ TIES = score_lists(st.integers(0, 6).map(float))
 SPREAD = score_lists(st.floats(-1e3, 1e3, width=32))
 
 
-@SHOWN
+@EXAMPLES
 @given(TIES | SPREAD, CAPS)
 def test_exchange_equals_the_slow_one(scores, cap):
     args = halves(*scores)
@@ -165,7 +165,7 @@ def test_exchange_equals_the_slow_one(scores, cap):
     assert (ids_of(offline), ids_of(online), m.item()) == expected
 
 
-@SHOWN
+@EXAMPLES
 @given(TIES | SPREAD, CAPS)
 def test_exchange_moves_only_rows_of_the_wrong_side(scores, cap):
     args = halves(*scores)
@@ -190,7 +190,7 @@ def test_exchange_moves_only_rows_of_the_wrong_side(scores, cap):
     assert all(new_online[j - n] == j for j in stayed_online)
 
 
-@SHOWN
+@EXAMPLES
 @given(TIES | SPREAD)
 def test_without_a_cap_one_half_has_no_row_left_on_the_wrong_side(scores):
     args = halves(*scores)
@@ -200,7 +200,7 @@ def test_without_a_cap_one_half_has_no_row_left_on_the_wrong_side(scores):
     assert not high.any() or not low.any()
 
 
-@SHOWN
+@EXAMPLES
 @given(TIES | SPREAD)
 def test_no_pair_changes_nothing(scores):
     args = halves(*scores)
@@ -210,7 +210,7 @@ def test_no_pair_changes_nothing(scores):
         assert torch.equal(before, after)
 
 
-@SHOWN
+@EXAMPLES
 @given(TIES | SPREAD, CAPS, st.randoms(use_true_random=False))
 def test_exchange_of_permuted_batches_gives_the_same_scores(scores, cap, random):
     results = []
@@ -229,7 +229,7 @@ def test_one_distinct_score_exchanges_nothing():
     assert ids_of(offline) == [0, 1, 2, 3, 4] and ids_of(online) == [5, 6, 7, 8, 9]
 
 
-@SHOWN
+@EXAMPLES
 @given(TIES | SPREAD)
 def test_direct_exchange_sorts_the_whole_batch(scores):
     args = halves(*scores)
@@ -350,7 +350,7 @@ EQUAL_HALVES = st.integers(1, 40).flatmap(
 )
 
 
-@SHOWN
+@EXAMPLES
 @given(EQUAL_HALVES, CAPS)
 def test_exchange_raises_the_cdf_difference(scores, cap):
     """What is true in place of Theorem 1: a swap adds 2/N to D on [d_y, d_x), since both halves
@@ -435,7 +435,7 @@ def test_accepted_exchanges_are_at_most_the_amplitude_times_n():
     assert max(lengths) >= 2
 
 
-@SHOWN
+@EXAMPLES
 @given(EQUAL_HALVES, CAPS, st.floats(0.01, 0.99), st.floats(0.01, 1e3), st.integers(0, 9))
 def test_mixed_residual_changes_by_at_most_2_b_m_over_n(scores, cap, alpha, bound, seed):
     """Proposition 2, from what a swap changes: E by (2 alpha - 1) (|r_y| - |r_x|) / N."""

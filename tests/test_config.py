@@ -1,0 +1,248 @@
+"""Settings: the paper's tables by task, who overrides whom, and one line for what is impossible."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import dare_iql
+import iql
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parents[1]
+ENVS_OF_THE_PAPER = """
+    walker2d-medium-expert-v2 halfcheetah-medium-expert-v2 hopper-medium-expert-v2
+    walker2d-medium-replay-v2 halfcheetah-medium-replay-v2 hopper-medium-replay-v2
+    walker2d-medium-v2 halfcheetah-medium-v2 hopper-medium-v2
+    antmaze-umaze-v2 antmaze-medium-play-v2 antmaze-umaze-diverse-v2 antmaze-medium-diverse-v2
+""".split()
+GUIDANCE_SCALES = [5.0, 3.0, 2.0, 5.0, 8.0, 3.0, 10.0, 10.0, 8.0, 3.0, 4.0, 1.0, 3.0]  # Table 7
+
+# Table 5, of every task
+TABLE_5 = {
+    "discount": 0.99,
+    "hidden_dim": 256,
+    "n_hidden": 2,
+    "batch_size": 256,
+    "qf_lr": 3e-4,
+    "vf_lr": 3e-4,
+    "actor_lr": 3e-4,
+    "tau": 0.005,
+}
+# Table 5 (expectile, inverse temperature), App. B.1 (n, alpha), and by family what the paper
+# leaves to its sources: AntMaze's rewards r - 1 and 100 evaluation episodes, K of CEP.
+BY_FAMILY = {
+    "locomotion": {
+        "iql_tau": 0.7,
+        "beta": 3.0,
+        "max_exchange": math.inf,
+        "sac_alpha": 0.2,
+        "normalize_reward": False,
+        "n_episodes": 10,
+        "n_support": 16,
+    },
+    "antmaze": {
+        "iql_tau": 0.9,
+        "beta": 10.0,
+        "max_exchange": math.inf,
+        "sac_alpha": 0.01,
+        "normalize_reward": True,
+        "n_episodes": 100,
+        "n_support": 32,
+    },
+}
+# Sec. 7.1 (updates and steps), Sec. 7.4 (updates a step), App. B.5 (diffusion)
+TEXT = {
+    "offline_iterations": 1_000_000,
+    "online_iterations": 200_000,
+    "utd": 1,
+    "behavior_iterations": 600_000,
+    "behavior_lr": 1e-4,
+    "behavior_batch_size": 4096,
+    "energy_hidden": 256,
+    "energy_lr": 3e-4,
+    "energy_batch_size": 256,
+}
+# Sources other than the paper: PEX, Cal-QL, CEP, and the evaluations of Figs. 7 and 8.
+CHOSEN = {
+    "mixing_ratio": 0.5,
+    "initial_collection_steps": 5_000,
+    "exchange": "gaussian",
+    "online_loss": "sac",
+    "n_max_actions": 10,
+    "online_expectile": 0.99,  # App. G
+    "align": "gaussian_kl",
+    "n_reference": 1,
+    "diffusion_steps": 15,
+    "behavior_width": 512,
+    "energy_beta": 3.0,
+    "eval_freq": 10_000,
+    "checkpoint_freq": 10_000,
+}
+
+
+def parse(*args, script=dare_iql):
+    return script.Parser(script.Config, allow_abbrev=False).parse_args(list(args))
+
+
+@pytest.mark.parametrize(
+    "env, guidance_scale", list(zip(ENVS_OF_THE_PAPER, GUIDANCE_SCALES, strict=True))
+)
+def test_resolved_settings_are_those_of_the_tables(env, guidance_scale):
+    resolved = dataclasses.asdict(parse("--env", env))
+    print(yaml.safe_dump(resolved, sort_keys=False))
+    family = "antmaze" if env.startswith("antmaze") else "locomotion"
+    expected = TABLE_5 | TEXT | CHOSEN | BY_FAMILY[family] | {"guidance_scale": guidance_scale}
+    assert {k: resolved[k] for k in expected} == expected
+    assert resolved["env"] == env
+    # The baseline has the same settings where it has them at all.
+    of_iql = dataclasses.asdict(parse("--env", env, script=iql)) | {"name": "dare_iql"}
+    assert of_iql == {k: resolved[k] for k in of_iql}
+
+
+def test_defaults_are_those_of_the_default_task():
+    assert parse() == parse("--env", "antmaze-umaze-v2")
+    assert parse().env == "antmaze-umaze-v2"
+
+
+def test_command_line_over_yaml_over_presets_over_defaults(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("env: antmaze-umaze-v2\niql_tau: 0.8\nbeta: 7\nutd: 3\ntau: 1.0e-2\n")
+    cfg = parse("--config_path", str(file), "--beta", "2.5", "--utd", "4")
+    assert (cfg.utd, cfg.beta) == (4, 2.5)  # command line
+    assert (cfg.iql_tau, cfg.tau) == (0.8, 0.01)  # file, over a preset and over a default
+    assert (cfg.sac_alpha, cfg.n_episodes) == (0.01, 100)  # presets of the file's task
+    assert cfg.discount == 0.99
+    # Another task on the command line brings its presets, but not over the file.
+    cfg = parse("--config_path", str(file), "--env", "hopper-medium-v2")
+    assert (cfg.sac_alpha, cfg.guidance_scale, cfg.iql_tau) == (0.2, 8.0, 0.8)
+
+
+def test_settings_survive_the_file_that_a_run_writes(tmp_path):
+    cfg = parse("--env", "walker2d-medium-v2", "--energy_normalize", "false", "--qf_lr", "1e-5")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(dataclasses.asdict(cfg)))
+    assert parse("--config_path", str(file)) == cfg
+
+
+@pytest.mark.parametrize(
+    "text, expected", [("true", True), ("True", True), ("false", False), ("FALSE", False)]
+)
+def test_truth_values(text, expected):
+    assert parse("--normalize_reward", text).normalize_reward is expected
+
+
+IMPOSSIBLE = {
+    "unknown flag": ("--no_such_flag 1", ["no_such_flag"]),
+    "abbreviated flag": ("--batch 8", ["--batch"]),
+    "flag without value": ("--seed", ["seed"]),
+    "stray word": ("hopper", ["hopper"]),
+    "unknown env": ("--env hoper-medum-v2", ["hoper-medum-v2", "hopper-medium-v2"]),
+    "env of another version": ("--env antmaze-umaze-v1", ["antmaze-umaze-v2"]),
+    "fraction for an int": ("--batch_size 2.5", ["batch_size", "int", "2.5"]),
+    "word for a float": ("--discount high", ["discount", "float", "high"]),
+    "word for a bool": ("--normalize_reward maybe", ["normalize_reward", "bool", "maybe"]),
+    "negative batch": ("--batch_size -256", ["batch_size", "-256"]),
+    "no batch": ("--batch_size 0", ["batch_size", "0"]),
+    "mixing ratio above 1": ("--mixing_ratio 1.5", ["mixing_ratio", "1.5"]),
+    "mixing ratio without online rows": ("--mixing_ratio 1", ["mixing_ratio", "empty"]),
+    "mixing ratio without offline rows": ("--mixing_ratio 0.001", ["mixing_ratio", "empty"]),
+    "not a number": ("--discount nan", ["discount", "nan"]),
+    "negative learning rate": ("--qf_lr -1", ["qf_lr", "-1"]),
+    "negative cap": ("--max_exchange -1", ["max_exchange", "-1"]),
+    "expectile above 1": ("--online_expectile 1.1", ["online_expectile", "1.1"]),
+    "bad exchange": ("--exchange all", ["exchange", "all", "gaussian", "direct", "none"]),
+    "bad loss": ("--online_loss awr", ["online_loss", "awr", "sac", "expectile", "none"]),
+    "bad alignment": ("--align kl", ["align", "gaussian_kl", "softmax_kl"]),
+    "bad device": ("--device tpu", ["device", "tpu", "cpu"]),
+    "bad wandb mode": ("--wandb on", ["wandb", "online", "offline", "disabled"]),
+    "width that the network cannot have": ("--behavior_width 10", ["behavior_width", "4"]),
+    "one support action": ("--n_support 1", ["n_support"]),
+    "missing file": ("--config_path no_such_file.yaml", ["no_such_file.yaml"]),
+}
+
+
+def one_error_line(capsys, *args):
+    """Message of the SystemExit that parsing ends in; nothing else is printed."""
+    with pytest.raises(SystemExit) as stop:
+        parse(*args)
+    message = stop.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+    assert capsys.readouterr() == ("", "")
+    return message
+
+
+@pytest.mark.parametrize("args, parts", list(IMPOSSIBLE.values()), ids=list(IMPOSSIBLE))
+def test_impossible_arguments_end_in_one_line(capsys, args, parts):
+    message = one_error_line(capsys, *args.split())
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("batchsize: 256", ["batchsize"]),
+        ("batch_size: 2.5", ["batch_size", "int", "2.5"]),
+        ("batch_size: true", ["batch_size", "int", "True"]),
+        ("batch_size:", ["batch_size"]),
+        ("name:", ["name"]),
+        ("normalize_reward: 2", ["normalize_reward", "bool", "2"]),
+        ("mixing_ratio: 1.5", ["mixing_ratio", "1.5"]),
+        ("env: hoper-medum-v2", ["hoper-medum-v2", "hopper-medium-v2"]),
+        ("env: {a: 1}", ["env"]),
+        ("seed: [1, 2]", ["seed"]),
+        ("env: [", []),  # not YAML
+        ("- 1\n- 2", []),  # a list
+        ("just text", []),
+        ("", []),  # empty
+    ],
+)
+def test_impossible_files_end_in_one_line(capsys, tmp_path, text, parts):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    message = one_error_line(capsys, "--config_path", str(file))
+    assert all(part in message for part in parts), message
+
+
+def test_a_directory_or_bytes_for_a_file_end_in_one_line(capsys, tmp_path):
+    assert str(tmp_path) in one_error_line(capsys, "--config_path", str(tmp_path))
+    file = tmp_path / "config.yaml"
+    file.write_bytes(b"\x80\xff\x00")
+    one_error_line(capsys, "--config_path", str(file))
+
+
+def test_nearest_names_of_an_unknown_env(capsys):
+    message = one_error_line(capsys, "--env", "antmaze-medium-divers-v2")
+    nearest = message.split("nearest")[1]
+    assert "antmaze-medium-diverse-v2" in nearest and "hopper" not in nearest
+
+
+def commented_fields(script):
+    """Comment behind each field of Config, as written in the file."""
+    lines = Path(script.__file__).read_text().splitlines()
+    comments = {}
+    for field in dataclasses.fields(script.Config):
+        (line,) = [x for x in lines if x.startswith(f"    {field.name}: ") and " = " in x]
+        comments[field.name] = line.partition("  # ")[2]
+    return comments
+
+
+def test_help_shows_every_field_with_its_comment():
+    command = [sys.executable, dare_iql.__file__, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    described = " ".join(result.stdout.split("options:")[1].split())
+    for name, comment in commented_fields(dare_iql).items():
+        kind = {f.name: f.type for f in dataclasses.fields(dare_iql.Config)}[name].__name__
+        assert comment and f"--{name} {kind} {comment} (default: " in described, name
+
+
+def test_help_of_the_baseline(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help", script=iql)
+    assert not stop.value.code
+    described = " ".join(capsys.readouterr().out.split())
+    for name, comment in commented_fields(iql).items():
+        assert comment and f" {comment} (default: " in described, name
