@@ -229,17 +229,23 @@ def commented_fields(script):
     return comments
 
 
-def test_help_shows_every_field_with_its_comment():
+@pytest.fixture
+def wide_terminal(monkeypatch):
+    """Help whose lines do not break at hyphens."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_help_shows_every_field_with_its_comment(wide_terminal):
     command = [sys.executable, dare_iql.__file__, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
     described = " ".join(result.stdout.split("options:")[1].split())
+    kinds = {f.name: f.type.__name__ for f in dataclasses.fields(dare_iql.Config)}
     for name, comment in commented_fields(dare_iql).items():
-        kind = {f.name: f.type for f in dataclasses.fields(dare_iql.Config)}[name].__name__
-        assert comment and f"--{name} {kind} {comment} (default: " in described, name
+        assert comment and f"--{name} {kinds[name]} {comment} (default: " in described, name
 
 
-def test_help_of_the_baseline(capsys):
+def test_help_of_the_baseline(capsys, wide_terminal):
     with pytest.raises(SystemExit) as stop:
         parse("--help", script=iql)
     assert not stop.value.code
