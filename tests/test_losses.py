@@ -1,0 +1,294 @@
+"""DARE's losses, Eqs. 15, 16 and 35, row by row against plain formulas; rewards and returns."""
+
+import math
+
+import dare_iql
+import iql
+import numpy as np
+import pytest
+import torch
+from dare_iql import Batch
+
+S, A, B, N_OFFLINE = 3, 2, 8, 5
+
+
+def config(**settings):
+    sizes = {"hidden_dim": 8, "batch_size": B, "mixing_ratio": N_OFFLINE / B, "n_max_actions": 4}
+    return dare_iql.Config(env="hopper-medium-v2", **{**sizes, "discount": 0.9, **settings})
+
+
+def agent_of(cfg, module=dare_iql, online=True):
+    """An agent whose target Q differs from its Q and whose draws often exceed the bounds."""
+    torch.manual_seed(0)
+    agent = module.ImplicitQLearning(S, A, cfg, "cpu")
+    for network in (agent.qf, agent.q_target, agent.vf, agent.actor):
+        for parameter in network.parameters():
+            parameter.data.normal_(0, 0.5)
+    agent.actor.log_std.data = torch.tensor([0.3, -0.4])
+    agent.online = online
+    return agent
+
+
+@pytest.fixture
+def batch():
+    """Five offline-like rows, then three online-like ones; each half has a terminal."""
+    generator = torch.Generator().manual_seed(1)
+    s, a, r, s2 = (torch.randn(B, k, generator=generator) for k in (S, A, 1, S))
+    done = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    return Batch(s, a.tanh(), r.squeeze(1), s2, done)
+
+
+@pytest.fixture
+def advantage():
+    """Both signs in both halves; exp(3 x 2.5) is above the bound of 100."""
+    return torch.tensor([0.4, -0.3, 2.5, 0.0, -1.0, 0.7, -0.2, 2.0])
+
+
+def changed(batch, rows, **fields):
+    """The batch with other values of some fields in some rows."""
+    new = {k: getattr(batch, k).clone() for k in fields}
+    for name, value in fields.items():
+        new[name][rows] = value
+    return batch._replace(**new)
+
+
+ONLINE, OFFLINE = slice(N_OFFLINE, None), slice(0, N_OFFLINE)
+
+
+# --- Eq. 15 ---
+
+
+def targets_by_hand(agent, batch, next_v, seed):
+    """r + gamma V(s') offline; online the max over drawn actions of the smaller target Q."""
+    cfg, targets = agent.cfg, []
+    torch.manual_seed(seed)
+    noise = torch.randn(cfg.n_max_actions, B - N_OFFLINE, A)
+    mean, log_std = agent.actor(batch.next_observations)
+    for i in range(B):
+        value = next_v[i]
+        if i >= N_OFFLINE:
+            drawn = mean[i] + log_std.exp() * noise[:, i - N_OFFLINE]
+            twins = [agent.q_target.both(batch.next_observations[i], a.clamp(-1, 1)) for a in drawn]
+            value = max(min(q1.item(), q2.item()) for q1, q2 in twins)
+        targets.append(batch.rewards[i] + cfg.discount * (1 - batch.terminals[i]) * value)
+    return torch.stack(targets).detach()
+
+
+@pytest.mark.parametrize("online_loss", ["sac", "expectile"])
+def test_critic_loss_is_eq_15(batch, online_loss):
+    agent, next_v = agent_of(config(online_loss=online_loss)), torch.randn(B)
+    targets = targets_by_hand(agent, batch, next_v, seed=7)
+    q1, q2 = agent.qf.both(batch.observations, batch.actions)
+    expected = ((q1 - targets) ** 2 + (q2 - targets) ** 2).sum() / (2 * B)
+    torch.manual_seed(7)
+    torch.testing.assert_close(agent.critic_loss(batch, next_v), expected)
+
+
+def test_targets_of_eq_15_use_their_own_next_value(batch):
+    agent = agent_of(config())
+
+    def loss(next_v):
+        torch.manual_seed(7)
+        return agent.critic_loss(batch, next_v).item()
+
+    next_v = torch.linspace(-1, 1, B)
+    other = next_v.clone()
+    other[ONLINE] += 10  # V(s') is not in the online half
+    assert loss(other) == loss(next_v)
+    other[0] += 10
+    assert loss(other) != loss(next_v)
+
+
+def test_no_gradient_flows_through_the_targets_of_eq_15(batch):
+    agent = agent_of(config())
+    agent.critic_loss(batch, torch.zeros(B)).backward()
+    assert all(p.grad is not None for p in agent.qf.parameters())
+    others = [*agent.q_target.parameters(), *agent.actor.parameters(), *agent.vf.parameters()]
+    assert all(p.grad is None for p in others)
+
+
+# --- Eq. 16 ---
+
+
+def actor_loss_by_hand(agent, batch, advantage, seed):
+    """AWR on the offline-like rows, alpha log pi - min Q on the online-like rows."""
+    cfg, losses = agent.cfg, []
+    torch.manual_seed(seed)
+    noise = torch.randn(1, B - N_OFFLINE, A)[0]
+    for i in range(B):
+        mean, log_std = agent.actor(batch.observations[i])
+        policy = torch.distributions.Normal(mean, log_std.exp())
+        if i < N_OFFLINE:
+            weight = min(math.exp(cfg.beta * advantage[i]), 100.0)
+            losses.append(-weight * policy.log_prob(batch.actions[i]).sum())
+        else:
+            drawn = mean + log_std.exp() * noise[i - N_OFFLINE]
+            log_prob = (-0.5 * noise[i - N_OFFLINE] ** 2 - log_std).sum() - A * math.log(
+                2 * math.pi
+            ) / 2
+            q = torch.min(*agent.qf.both(batch.observations[i], drawn.clamp(-1, 1)))
+            losses.append(cfg.sac_alpha * log_prob - q)
+    return sum(losses) / B
+
+
+def test_actor_loss_and_its_gradient_are_those_of_eq_16(batch, advantage):
+    agent = agent_of(config(sac_alpha=0.3))
+    expected = actor_loss_by_hand(agent, batch, advantage, seed=5)
+    torch.manual_seed(5)
+    loss = agent.actor_loss(batch, advantage)
+    torch.testing.assert_close(loss, expected)
+    parameters = list(agent.actor.parameters())
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, parameters))
+    loss.backward()
+    others = [*agent.qf.parameters(), *agent.q_target.parameters(), *agent.vf.parameters()]
+    assert all(p.grad is None for p in others)
+
+
+def test_each_half_has_its_own_term_of_eq_16(batch, advantage):
+    agent = agent_of(config())
+
+    def loss(batch, advantage):
+        torch.manual_seed(5)
+        return agent.actor_loss(batch, advantage).item()
+
+    before = loss(batch, advantage)
+    # Neither the stored actions nor the advantages of the online-like rows count ...
+    more = advantage + torch.arange(B).ge(N_OFFLINE)
+    assert loss(changed(batch, ONLINE, actions=0.9), more) == before
+    assert loss(changed(batch, OFFLINE, actions=0.9), advantage) != before
+    # ... and neither does Q at the offline-like rows.
+    for parameter in agent.qf.parameters():
+        parameter.data += 1.0
+    q_free = loss(batch, advantage)
+    agent.cfg.online_loss = "none"
+    weighted = loss(batch, advantage)
+    agent.cfg.online_loss = "sac"
+    assert q_free != before
+    for parameter in agent.qf.parameters():
+        parameter.data -= 1.0
+    agent.cfg.online_loss = "none"
+    assert loss(batch, advantage) == weighted
+
+
+def test_q_gradient_of_an_update_is_that_of_the_critic_loss_alone(batch):
+    agent = agent_of(config(online_loss="sac"))
+    next_v = agent.vf(batch.next_observations).detach()
+    torch.manual_seed(11)
+    parameters = list(agent.qf.parameters())
+    expected = torch.autograd.grad(agent.critic_loss(batch, next_v), parameters)
+    torch.manual_seed(11)
+    agent.update(batch)
+    torch.testing.assert_close([p.grad for p in parameters], list(expected))
+
+
+# --- Eq. 35 ---
+
+
+def test_value_loss_is_eq_35(batch, advantage):
+    agent = agent_of(config(online_loss="expectile", iql_tau=0.7, online_expectile=0.95))
+    expectiles = [0.7] * N_OFFLINE + [0.95] * (B - N_OFFLINE)
+    weights = [abs(e - (u < 0)) for e, u in zip(expectiles, advantage.tolist(), strict=True)]
+    expected = sum(w * u**2 for w, u in zip(weights, advantage.tolist(), strict=True)) / B
+    assert agent.value_loss(batch, advantage).item() == pytest.approx(expected)
+
+
+def losses(agent, batch, advantage):
+    """Value, critic and actor loss with the same draws."""
+    torch.manual_seed(3)
+    next_v = torch.linspace(-1, 1, B)
+    return torch.stack(
+        [
+            agent.value_loss(batch, advantage),
+            agent.critic_loss(batch, next_v),
+            agent.actor_loss(batch, advantage),
+        ]
+    ).tolist()
+
+
+@pytest.mark.parametrize(
+    "online_loss, online, differ",
+    [
+        ("sac", True, [False, True, True]),
+        ("expectile", True, [True, True, False]),
+        ("none", True, [False, False, False]),
+        ("sac", False, [False, False, False]),
+        ("expectile", False, [False, False, False]),
+    ],
+)
+def test_what_differs_from_iql(batch, advantage, online_loss, online, differ):
+    cfg = config(online_loss=online_loss)
+    expected = losses(agent_of(cfg, iql, online), batch, advantage)
+    found = losses(agent_of(cfg, dare_iql, online), batch, advantage)
+    assert [x != y for x, y in zip(found, expected, strict=True)] == differ
+
+
+def test_iql_losses_by_hand(batch, advantage):
+    """Eqs. 2 to 4, which the rows of the offline half keep."""
+    agent, next_v = agent_of(config(), iql), torch.linspace(-1, 1, B)
+    targets = batch.rewards + 0.9 * (1 - batch.terminals) * next_v
+    q1, q2 = agent.qf.both(batch.observations, batch.actions)
+    weights = (3.0 * advantage).exp().clamp(max=100.0)
+    mean, log_std = agent.actor(batch.observations)
+    log_prob = torch.distributions.Normal(mean, log_std.exp()).log_prob(batch.actions).sum(-1)
+    expected = [
+        (torch.where(advantage < 0, 0.3, 0.7) * advantage**2).mean(),
+        (((q1 - targets) ** 2).mean() + ((q2 - targets) ** 2).mean()) / 2,
+        -(weights * log_prob).mean(),
+    ]
+    found = losses(agent, batch, advantage)
+    np.testing.assert_allclose(found, [x.item() for x in expected], rtol=1e-5)
+
+
+def test_actor_lr_decays_offline_only(batch):
+    agent = agent_of(config(offline_iterations=4, online_loss="none"), online=False)
+    rates = []
+    for _ in range(4):
+        agent.update(batch)
+        rates.append(agent.optimizer.param_groups[-1]["lr"])
+    expected = [3e-4 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3, 4)]
+    np.testing.assert_allclose(rates, expected, atol=1e-12)
+    agent.start_online()
+    agent.update(batch)
+    assert [g["lr"] for g in agent.optimizer.param_groups] == [3e-4] * 3
+
+
+# --- Rewards ---
+
+
+@pytest.fixture
+def dataset():
+    """Three episodes with returns 3 (terminal), -1 (time-out) and 10 (end of the data)."""
+    states = np.arange(14.0, dtype=np.float32).reshape(7, 2)
+    observations, next_observations = states, states + 2
+    next_observations[3] += 0.5  # the state behind a time-out is not the next row
+    return {
+        "observations": observations,
+        "next_observations": next_observations,
+        "rewards": np.array([1, 2, -2, 1, 3, 3, 4], np.float32),
+        "terminals": np.array([0, 1, 0, 0, 0, 0, 0], bool),
+    }
+
+
+@pytest.mark.parametrize("module", [iql, dare_iql])
+def test_return_range_splits_at_terminals_and_gaps(dataset, module):
+    assert module.return_range(dataset) == 11.0
+    dataset["terminals"][1] = False  # the first two episodes join: 2 and 10
+    assert module.return_range(dataset) == 8.0
+    dataset["next_observations"][3] -= 0.5  # all join
+    assert module.return_range(dataset) == 0.0
+
+
+@pytest.mark.parametrize(
+    "env, normalize, expected",
+    [
+        ("hopper-medium-v2", False, (1.0, 0.0)),
+        ("hopper-medium-v2", True, (1000 / 11, 0.0)),
+        ("antmaze-umaze-v2", True, (1.0, -1.0)),
+        ("antmaze-umaze-v2", False, (1.0, 0.0)),
+    ],
+)
+@pytest.mark.parametrize("module", [iql, dare_iql])
+def test_reward_transform(dataset, module, env, normalize, expected):
+    cfg = module.Config(env=env, normalize_reward=normalize)
+    assert module.reward_transform(dataset, cfg) == pytest.approx(expected)
