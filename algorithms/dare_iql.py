@@ -557,6 +557,9 @@ def regroup(offline_batch, online_batch, index):
     return kind(*(x[:n] for x in rows)), kind(*(x[n:] for x in rows))
 
 
+SUPPORT_CHUNK = 100  # online states drawn for at once: a solver run for each would be slow
+
+
 class DARE:
     """What Algorithm 1 adds to the agent: nu_0, the energy f_phi, and the exchange."""
 
@@ -609,14 +612,15 @@ class DARE:
         return {"energy_loss": self.energy_step(agent)}
 
     def draw_online_support(self):
-        """Draw support actions for the online states stored since the last call."""
+        """Draw support actions for the online states that have none, many at a time."""
         rows = slice(self.n_online, self.online_buffer.size)
+        if self.n_online and rows.stop - rows.start < SUPPORT_CHUNK:
+            return
         states = self.online_buffer.batch(self.online_buffer.rows[rows]).observations
-        if len(states):
-            self.online_actions[rows] = draw_support_actions(
-                self.behavior, states, self.cfg.n_support, self.cfg.diffusion_steps
-            )
-        self.n_online = self.online_buffer.size
+        self.online_actions[rows] = draw_support_actions(
+            self.behavior, states, self.cfg.n_support, self.cfg.diffusion_steps
+        )
+        self.n_online = rows.stop
 
     def energy_step(self, agent):
         """One step on Eq. 34, with offline and online states in the proportion of the batches."""
@@ -1045,6 +1049,8 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
     bar = progress_bar("online", start, cfg.online_iterations)
     for step in bar:
         action = agent.act(env.state[None], deterministic=False)[0]
+        if not np.isfinite(action).all():
+            run.write_means("online", step)  # ends the run, naming the loss
         state, action, reward, next_state, terminated = env.step(action)
         reward = reward * transform[0] + transform[1]
         online_buffer.add([state], [action], [reward], [next_state], [terminated])

@@ -719,6 +719,8 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
     bar = progress_bar("online", start, cfg.online_iterations)
     for step in bar:
         action = agent.act(env.state[None], deterministic=False)[0]
+        if not np.isfinite(action).all():
+            run.write_means("online", step)  # ends the run, naming the loss
         state, action, reward, next_state, terminated = env.step(action)
         reward = reward * transform[0] + transform[1]
         online_buffer.add([state], [action], [reward], [next_state], [terminated])
