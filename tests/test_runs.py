@@ -1,0 +1,377 @@
+"""Whole runs at tiny sizes: equal methods, files, interruption and resumption, cache, refusals."""
+
+import csv
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import dare_iql
+import iql
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+
+DATA = Path(__file__).parent / "data" / "sample_hopper.hdf5"
+ENV = "hopper-medium-v2"
+TRUNK = f"""--env {ENV} --data {DATA} --wandb disabled --hidden_dim 16 --batch_size 32
+    --offline_iterations 200 --online_iterations 200 --initial_collection_steps 60 --n_episodes 2
+    --eval_freq 100 --offline_eval_freq 100 --log_freq 20 --checkpoint_freq 50""".split()
+DARE = """--behavior_iterations 50 --behavior_batch_size 32 --behavior_width 8 --energy_hidden 8
+    --energy_iterations 20 --energy_batch_size 16 --n_support 2 --n_support_states 50
+    --diffusion_steps 2""".split()
+IQL_COLUMNS = ["value_loss", "q_loss", "actor_loss", "q", "v"]
+DARE_COLUMNS = """exchanged tau mu_offline mu_online sigma_offline sigma_online
+    energy_loss""".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny networks are fastest on one thread, and sums are those of the child processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def arguments(runs_dir, *more, script=dare_iql):
+    """Command line of a tiny run; `more` overrides."""
+    return [*TRUNK, *(DARE if script is dare_iql else []), "--runs_dir", str(runs_dir), *more]
+
+
+def run(runs_dir, *more, script=dare_iql):
+    """A script's main in this process, which afterwards has its signal handlers and locks back."""
+    names = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(name) for name in names]
+    try:
+        script.main(arguments(runs_dir, *more, script=script))
+    finally:
+        for name, handler in zip(names, handlers, strict=True):
+            signal.signal(name, handler)
+    return directory(runs_dir, Path(script.__file__).stem)
+
+
+def directory(runs_dir, name="dare_iql"):
+    return Path(runs_dir, name, ENV, "seed_0")
+
+
+def last_line(runs_dir, *more, script=dare_iql):
+    """The one line with which a run ends early."""
+    try:
+        run(runs_dir, *more, script=script)
+    except SystemExit as stop:
+        message = stop.code
+    else:
+        pytest.fail("the run came to its end")
+    gc.collect()  # the run is gone as a process is, and its lock with it
+    assert isinstance(message, str) and "\n" not in message
+    return message
+
+
+def checkpoint(path):
+    return torch.load(path / "checkpoint.pt", weights_only=True)
+
+
+def rows(path, name, phase=None):
+    with open(path / f"{name}.csv", newline="") as file:
+        return [r for r in csv.DictReader(file) if phase in (None, r["phase"])]
+
+
+def rows_without_rates(path):
+    return [{k: v for k, v in r.items() if k != "steps_per_second"} for r in rows(path, "train")]
+
+
+def assert_equal(found, expected, where="checkpoint"):
+    """Equal to the last bit, wherever in dictionaries and lists the tensors are."""
+    assert type(found) is type(expected), where
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_equal(found[key], expected[key], f"{where}[{key!r}]")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for i, pair in enumerate(zip(found, expected, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    else:
+        assert found == expected, where
+
+
+def assert_same_end(path, expected):
+    """Same final state: networks, optimizers, buffers, generators, environment; same scores."""
+    found, wanted = checkpoint(path), checkpoint(expected)
+    for state in (found, wanted):
+        del state["csv_sizes"]  # rates have as many digits as they like
+        # Gymnasium's generator of random actions: neither seeded nor drawn from.
+        del state["env"]["env"]["action_space_np_random"]
+    assert_equal(found, wanted)
+    assert (path / "eval.csv").read_text() == (expected / "eval.csv").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Directory of a DARE-I run that nothing interrupted, with a runs_dir and cache of its own."""
+    return run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def cached_runs(finished, tmp_path):
+    """A runs_dir that holds the cache of `finished` and no run."""
+    shutil.copytree(finished.parents[2] / "cache", tmp_path / "cache")
+    return tmp_path
+
+
+# --- Files of a run ---
+
+
+def test_files_of_a_finished_run(finished):
+    names = "config.yaml eval.csv train.csv checkpoint.pt curve.png summary.yaml lock"
+    assert {p.name for p in finished.iterdir()} == set(names.split())
+    cfg = yaml.safe_load((finished / "config.yaml").read_text())
+    assert (cfg["hidden_dim"], cfg["guidance_scale"]) == (16, 8.0)
+    assert (finished / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    state = checkpoint(finished)
+    assert (state["phase"], state["step"]) == ("online", 200)
+    assert state["agent"]["iterations"] == 200 + 140
+    assert len(state["online_buffer"]["rows"]) == len(state["dare"]["online_actions"]) == 200
+
+
+def test_eval_csv(finished):
+    found = rows(finished, "eval")
+    columns = "phase step return_mean return_std normalized_score success_rate"
+    assert list(found[0]) == columns.split()
+    steps = "offline 100, offline 200, online 0, online 100, online 200"
+    assert ", ".join(f"{r['phase']} {r['step']}" for r in found) == steps
+    for row in found:
+        score = 100 * (float(row["return_mean"]) + 20.272305) / (3234.3 + 20.272305)  # D4RL's
+        assert float(row["normalized_score"]) == pytest.approx(score)
+        assert float(row["return_std"]) >= 0 and row["success_rate"] == ""
+    # Fine-tuning starts from the offline agent, and evaluations are seeded.
+    assert found[1]["return_mean"] == found[2]["return_mean"] != found[3]["return_mean"]
+
+
+def test_train_csv(finished):
+    assert {"steps_per_second", *IQL_COLUMNS, *DARE_COLUMNS} <= set(rows(finished, "train")[0])
+    for phase in ("offline", "online"):
+        found = rows(finished, "train", phase)
+        # Every 20 steps, and with each checkpoint.
+        assert [int(r["step"]) for r in found] == sorted({*range(20, 201, 20), 50, 150})
+        for row in found:
+            updated = phase == "offline" or int(row["step"]) > 60
+            assert float(row["steps_per_second"]) > 0
+            assert all((row[k] != "") == updated for k in IQL_COLUMNS)
+            assert all((row[k] != "") == (updated and phase == "online") for k in DARE_COLUMNS)
+    exchanged = [float(r["exchanged"]) for r in found if r["exchanged"]]
+    assert 0 <= min(exchanged) < max(exchanged) <= 16
+
+
+def test_summary(finished):
+    summary = yaml.safe_load((finished / "summary.yaml").read_text())
+    scores = [float(r["normalized_score"]) for r in rows(finished, "eval", "online")]
+    assert summary["offline_score"] == scores[0]
+    assert summary["last_four_mean"] == pytest.approx(sum(scores[1:]) / 2)
+    assert summary["best"] == max(scores)
+
+
+def test_a_finished_run_is_not_started_again(finished):
+    before = {p: p.read_bytes() for p in finished.iterdir()}
+    message = last_line(finished.parents[2])
+    assert message.startswith(f"error: {finished} is finished")
+    assert {p: p.read_bytes() for p in finished.iterdir()} == before
+
+
+# --- The baseline and the cache ---
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    """Directory of a finished IQL run, with a runs_dir and cache of its own."""
+    return run(tmp_path_factory.mktemp("baseline"), script=iql)
+
+
+def test_dare_without_exchange_and_online_loss_is_iql(baseline, tmp_path):
+    path = run(tmp_path, "--exchange", "none", "--online_loss", "none")
+    assert_same_end(path, baseline)
+    for found, expected in zip(rows(path, "train"), rows(baseline, "train"), strict=True):
+        assert all(found[k] == expected[k] for k in ["phase", "step", *IQL_COLUMNS])
+
+
+def test_the_methods_share_the_offline_agent(finished, baseline, cached_runs, capsys):
+    path = run(cached_runs, script=iql)
+    assert "cache hit: iql from" in capsys.readouterr().out
+    # From the cache IQL goes the way that it goes alone, and where DARE-I started.
+    assert_same_end(path, baseline)
+    scores = [rows(p, "eval", "online")[0]["normalized_score"] for p in (path, finished)]
+    assert scores[0] == scores[1]
+    assert rows(path, "eval", "offline") == rows(finished, "eval", "offline")
+
+
+def test_a_cache_hit_changes_no_result(finished, cached_runs, capsys):
+    path = run(cached_runs)
+    output = capsys.readouterr().out
+    assert all(f"cache hit: {kind} from" in output for kind in ("iql", "behavior", "support"))
+    assert_same_end(path, finished)
+
+
+def test_other_offline_settings_miss_the_cache(cached_runs, capsys):
+    run(cached_runs, "--offline_iterations", "40", "--online_iterations", "0", "--utd", "2")
+    output = capsys.readouterr().out
+    assert "cache hit: iql" not in output and "cache hit: behavior" in output
+    assert len(list((cached_runs / "cache").glob("iql-*.pt"))) == 2
+
+
+def test_direct_exchange_without_guidance_is_another_run(finished, cached_runs):
+    settings = """--exchange direct --guidance_scale 0 --online_loss expectile --align softmax_kl
+        --n_reference 3 --utd 2 --max_exchange 4 --online_iterations 80"""
+    path = run(cached_runs, *settings.split())
+    assert checkpoint(path)["agent"]["iterations"] == 200 + 2 * 20
+    row = rows(path, "train", "online")[-1]
+    assert row["step"] == "80" and row["energy_loss"] == "" and float(row["exchanged"]) > 4
+    other = rows(finished, "train", "online")[3]
+    assert other["step"] == "80" and all(row[k] != other[k] for k in [*IQL_COLUMNS, "tau"])
+
+
+# --- Interruption ---
+
+DYING_RUN = """
+import os, signal, sys
+sys.path.insert(0, {algorithms!r})
+import torch
+import dare_iql
+
+torch.set_num_threads(1)
+agent, update, save = dare_iql.ImplicitQLearning, dare_iql.ImplicitQLearning.update, torch.save
+
+def dying_update(self, batch):
+    if self.iterations == {updates}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(self, batch)
+
+def dying_save(state, path):
+    save(state, path)
+    if (state.get("phase"), state.get("step")) == ("online", {saved_step}):
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+agent.update, torch.save = dying_update, dying_save
+dare_iql.main({args!r})
+"""
+
+
+@pytest.mark.parametrize(
+    "death, resumed",
+    [
+        ({"updates": 130, "saved_step": None}, "offline step 100"),
+        ({"updates": 275, "saved_step": None}, "online step 100"),
+        ({"updates": None, "saved_step": 150}, "online step 100"),  # half of a checkpoint written
+    ],
+    ids=["offline", "online", "writing a checkpoint"],
+)
+def test_a_killed_run_ends_as_if_it_had_not_been(finished, tmp_path, capsys, death, resumed):
+    algorithms = str(Path(dare_iql.__file__).parent)
+    code = DYING_RUN.format(algorithms=algorithms, args=arguments(tmp_path), **death)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    path = run(tmp_path)
+    assert f"from {resumed}\n" in capsys.readouterr().out
+    assert_same_end(path, finished)
+    assert rows_without_rates(path) == rows_without_rates(finished)
+
+
+def interrupt(monkeypatch, owner, name, at):
+    """Sends SIGINT to this process in the call number `at` of a method."""
+    method, calls = getattr(owner, name), []
+
+    def interrupted(*args):
+        calls.append(None)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGINT)
+        return method(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.fixture
+def interrupted(monkeypatch, cached_runs):
+    """Directory of a run that Ctrl-C has ended at online step 130."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, dare_iql.ImplicitQLearning, "update", 70)
+        message = last_line(cached_runs)
+    path = directory(cached_runs)
+    assert "interrupted at online step 130" in message
+    state = checkpoint(path)
+    assert (state["phase"], state["step"], state["agent"]["iterations"]) == ("online", 130, 270)
+    assert not (path / "summary.yaml").exists()
+    return path
+
+
+def test_after_ctrl_c_the_same_command_goes_on(interrupted, finished, capsys):
+    run(interrupted.parents[2])
+    assert "from online step 130\n" in capsys.readouterr().out
+    assert_same_end(interrupted, finished)
+    steps = [int(r["step"]) for r in rows(interrupted, "train", "online")]
+    assert steps == sorted({*range(20, 201, 20), 50, 130, 150})
+
+
+def test_ctrl_c_during_an_evaluation_saves_the_step_that_it_names(monkeypatch, tmp_path):
+    interrupt(monkeypatch, dare_iql.Evaluator, "__call__", 1)
+    message = last_line(tmp_path, "--checkpoint_freq", "1000", "--offline_eval_freq", "30")
+    state = checkpoint(directory(tmp_path))
+    assert f"interrupted at {state['phase']} step {state['step']};" in message
+
+
+def test_an_unfinished_run_wants_its_own_settings_and_an_intact_checkpoint(interrupted):
+    runs_dir, names = interrupted.parents[2], ["config.yaml", "train.csv", "eval.csv"]
+    files = [interrupted / name for name in names]
+    before = [p.read_bytes() for p in files]
+    message = last_line(runs_dir, "--beta", "5", "--sac_alpha", "0.1", "--utd", "1")
+    assert message.startswith(f"error: {interrupted} has other settings of ")
+    named = message.split("settings of ")[1].split(";")[0]
+    assert set(named.split(", ")) == {"beta", "sac_alpha"}
+
+    with FileLock(interrupted / "lock"):
+        assert last_line(runs_dir).startswith("error: another process is training in")
+    assert [p.read_bytes() for p in files] == before
+
+    file = interrupted / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:-5000])
+    message = last_line(runs_dir)
+    assert message.startswith(f"error: cannot read {file}") and "delete it" in message
+    assert [p.read_bytes() for p in files] == before
+
+
+# --- Failures ---
+
+
+@pytest.mark.parametrize(
+    "settings, losses, phase",
+    [
+        (["--qf_lr", "1e30"], ["value_loss", "q_loss", "actor_loss"], "offline"),
+        (["--energy_lr", "1e30"], ["energy_loss"], "online"),
+    ],
+)
+def test_a_loss_that_is_not_finite_ends_the_run(cached_runs, settings, losses, phase):
+    message = last_line(cached_runs, *settings)
+    path = directory(cached_runs)
+    assert message.startswith("error: ") and str(path / "checkpoint.pt") in message
+    assert message.split()[1] in losses and phase in message
+    state = checkpoint(path)
+    assert state["phase"] == phase
+    for name in ("qf", "vf", "actor", "q_target"):
+        assert all(torch.isfinite(x).all() for x in state["agent"][name].values())
+    assert not (path / "summary.yaml").exists()
+
+
+@pytest.mark.parametrize("script", [iql, dare_iql])
+def test_an_unknown_data_path_ends_in_one_line(tmp_path, script):
+    file = tmp_path / "no_such_file.hdf5"
+    message = last_line(tmp_path / "runs", "--data", str(file), script=script)
+    assert message.startswith("error: ") and str(file) in message
+    assert not (tmp_path / "runs").exists()
