@@ -138,7 +138,9 @@ def test_files_of_a_finished_run(finished):
     state = checkpoint(finished)
     assert (state["phase"], state["step"]) == ("online", 200)
     assert state["agent"]["iterations"] == 200 + 140
-    assert len(state["online_buffer"]["rows"]) == len(state["dare"]["online_actions"]) == 200
+    assert len(state["online_buffer"]["rows"]) == 200
+    n_states, *shape = state["dare"]["online_actions"].shape
+    assert 61 <= n_states <= 200 and shape == [2, 3]
 
 
 def test_eval_csv(finished):
@@ -232,8 +234,8 @@ def test_direct_exchange_without_guidance_is_another_run(finished, cached_runs):
     assert checkpoint(path)["agent"]["iterations"] == 200 + 2 * 20
     row = rows(path, "train", "online")[-1]
     assert row["step"] == "80" and row["energy_loss"] == "" and float(row["exchanged"]) > 4
-    other = rows(finished, "train", "online")[3]
-    assert other["step"] == "80" and all(row[k] != other[k] for k in [*IQL_COLUMNS, "tau"])
+    (other,) = (r for r in rows(finished, "train", "online") if r["step"] == "80")
+    assert all(row[k] != other[k] for k in [*IQL_COLUMNS, "tau"])
 
 
 # --- Interruption ---
