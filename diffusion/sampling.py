@@ -22,25 +22,27 @@ def sample_actions(
 ) -> Tensor:
     """Draw actions [B, n_samples, A] for states [B, S], from nu_0, or from pi_0 when guided.
 
-    The guided score is grad log nu_t + guidance_scale * grad f_phi (Eq. 6). Actions are clamped to
-    [-max_action, max_action] at the end (not at all when it is None). Keeps no autograd graph and
+    The guided score is grad log nu_t + guidance_scale * grad f_phi (Eq. 6). Actions lie within
+    [-max_action, max_action], the bounds of the data (None: no bounds). Keeps no autograd graph and
     computes no gradient of parameters. Under `torch.autocast` only the networks change type.
     """
     shape = (states.shape[0], n_samples, behavior.action_dim)
     noise = torch.randn(shape, device=states.device, dtype=states.dtype, generator=generator)
     behavior_states = behavior.embed_states(states)[:, None]
     if energy is None or guidance_scale == 0:
-        actions = solve(lambda x, t: behavior.predict(x, behavior_states, t), noise, steps)
+
+        def predicted_noise(x: Tensor, t: Tensor) -> Tensor:
+            return behavior.predict(x, behavior_states, t)
     else:
         energy_states = energy.embed_states(states)[:, None]
         gradient = torch.func.grad(lambda x, t: energy.predict(x, energy_states, t).sum())
 
-        def guided_noise(x: Tensor, t: Tensor) -> Tensor:
+        def predicted_noise(x: Tensor, t: Tensor) -> Tensor:
             # The score is -noise / sigma_t, so adding to the score subtracts from the noise.
             scale = guidance_scale * alpha_sigma(t)[1]
             return behavior.predict(x, behavior_states, t) - scale * gradient(x, t)
 
-        actions = solve(guided_noise, noise, steps)
+    actions = solve(predicted_noise, noise, steps, max_action)
     return actions if max_action is None else actions.clamp(-max_action, max_action)
 
 
