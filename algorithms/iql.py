@@ -84,7 +84,7 @@ class Config:
         for field, value in vars(self).items():
             if field in CHOICES and value not in CHOICES[field]:
                 raise ValueError(f"{field} must be one of {CHOICES[field]}, got {value!r}")
-            low, high = (field in POSITIVE) * 1, 1 if field in FRACTIONS else math.inf
+            low, high = LOWEST.get(field, 0), 1 if field in FRACTIONS else math.inf
             if not isinstance(value, str) and not low <= value <= high:
                 raise ValueError(f"{field} must be in [{low}, {high}], got {value}")
         if not 0 < self.n_offline < self.batch_size:
@@ -98,8 +98,9 @@ class Config:
 
 CHOICES = {"wandb": ["auto", "online", "offline", "disabled"], "device": ["auto", "cpu", "cuda"]}
 FRACTIONS = ["mixing_ratio", "discount", "tau", "iql_tau"]
-POSITIVE = """regenerated_size initial_collection_steps utd batch_size hidden_dim n_hidden eval_freq
-    offline_eval_freq n_episodes log_freq checkpoint_freq""".split()
+LOWEST = """regenerated_size initial_collection_steps utd batch_size hidden_dim n_hidden eval_freq
+    offline_eval_freq n_episodes log_freq checkpoint_freq"""
+LOWEST = dict.fromkeys(LOWEST.split(), 1)
 PRESETS = {  # by task family, then by task
     "locomotion": {},
     "antmaze": {"iql_tau": 0.9, "beta": 10.0, "normalize_reward": True, "n_episodes": 100},
@@ -142,6 +143,8 @@ class Parser(pyrallis.argparsing.ArgumentParser):
 def convert(field: str, kind: type, value):
     """Text or a YAML value as `kind`, strictly: 2.5 is no int and 'maybe' no bool."""
     try:
+        if value is None:
+            raise ValueError
         text = str(value)
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
@@ -466,7 +469,8 @@ class Run:
             sys.exit(f"error: another process is training in {self.dir}")
         path = self.dir / "config.yaml"
         if path.exists():
-            old, free = yaml.safe_load(path.read_text()), ("device", "wandb", "project")
+            old = yaml.safe_load(path.read_text())
+            free = ("device", "wandb", "project", "runs_dir")
             new = [k for k, v in self.settings.items() if k not in free and old.get(k) != v]
             if new:
                 sys.exit(f"error: {self.dir} has other settings of {', '.join(new)}; repeat them "
@@ -520,24 +524,29 @@ class Run:
             self.last |= dict(zip(names, means, strict=True))
         for name, value in self.last.items():
             if not math.isfinite(value):
-                sys.exit(f"error: {name} is {value} at {phase} step {step}; the last good state "
-                         f"is in {self.checkpoint}")  # fmt: skip
+                self.stop_on_nan(name, phase, step)
         self.append("train", {"phase": phase, "step": step, **self.last})
         self.sums, self.counts, self.clock, self.clock_step = {}, {}, now, step
 
+    def stop_on_nan(self, name: str, phase: str, step: int):
+        """End the run; the checkpoint is older than what broke."""
+        sys.exit(f"error: {name} is not finite at {phase} step {step}; the last good state is in "
+                 f"{self.checkpoint}")  # fmt: skip
+
     def after_step(self, phase: str, step: int, bar, parts: dict, evaluator):
         """Log, evaluate and save where they are due."""
-        save = step % self.cfg.checkpoint_freq == 0 or step == bar.total or self.stop
-        if step % self.cfg.log_freq == 0 or save:
+        last = step == bar.total
+        if step % self.cfg.log_freq == 0 or last:
             self.write_means(phase, step)
             shown = {k: f"{self.last[k]:.4g}" for k in PANELS if k in self.last}
             bar.set_postfix(shown | {"score": self.score}, refresh=False)
         start = time.perf_counter()
         if step % (self.cfg.eval_freq if phase == "online" else self.cfg.offline_eval_freq) == 0:
             self.evaluate(phase, step, parts["agent"], evaluator)
-        if save:
+        stop = self.stop  # a signal that comes from here on stops the next step
+        if step % self.cfg.checkpoint_freq == 0 or last or stop:
             self.save(phase, step, parts)
-        if self.stop:
+        if stop:
             sys.exit(f"interrupted at {phase} step {step}; the same command goes on from there")
         self.clock += time.perf_counter() - start
 
@@ -553,6 +562,9 @@ class Run:
 
     def save(self, phase: str, step: int, parts: dict):
         """Write a checkpoint from which the run goes on as if it had not been interrupted."""
+        groups = parts["agent"].optimizer.param_groups
+        if not all(p.isfinite().all() for group in groups for p in group["params"]):
+            self.stop_on_nan("a weight of the agent", phase, step)
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"phase": phase, "step": step, "rng": torch.get_rng_state()}
         state["cuda_rng"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -720,7 +732,8 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
     for step in bar:
         action = agent.act(env.state[None], deterministic=False)[0]
         if not np.isfinite(action).all():
-            run.write_means("online", step)  # ends the run, naming the loss
+            run.write_means("online", step)  # names the loss that is not finite either
+            run.stop_on_nan("the policy's action", "online", step)
         state, action, reward, next_state, terminated = env.step(action)
         reward = reward * transform[0] + transform[1]
         online_buffer.add([state], [action], [reward], [next_state], [terminated])
