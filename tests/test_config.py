@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import dare_iql
-import iql
 import pytest
 import yaml
+
+import dare_iql
+import iql
 
 REPOSITORY = Path(__file__).parents[1]
 ENVS_OF_THE_PAPER = """
@@ -147,6 +148,7 @@ IMPOSSIBLE = {
     "negative batch": ("--batch_size -256", ["batch_size", "-256"]),
     "no batch": ("--batch_size 0", ["batch_size", "0"]),
     "mixing ratio above 1": ("--mixing_ratio 1.5", ["mixing_ratio", "1.5"]),
+    "discount above 1": ("--discount 1.01", ["discount", "1.01"]),
     "mixing ratio without online rows": ("--mixing_ratio 1", ["mixing_ratio", "empty"]),
     "mixing ratio without offline rows": ("--mixing_ratio 0.001", ["mixing_ratio", "empty"]),
     "not a number": ("--discount nan", ["discount", "nan"]),

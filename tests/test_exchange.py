@@ -3,16 +3,17 @@
 import math
 from itertools import combinations
 
-import dare_iql
 import numpy as np
 import pytest
 import torch
-from dare_iql import Batch, alignment_score, direct_exchange, exchange, separation_point
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.optimize import brentq
 from scipy.stats import entropy
+
+import dare_iql
+from dare_iql import Batch, alignment_score, direct_exchange, exchange, separation_point
 
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
 CAPS = st.sampled_from([0, 1, 32, math.inf])
@@ -95,6 +96,16 @@ def test_separation_point_of_float32_scores():
         tau = separation_point(torch.from_numpy(x), torch.from_numpy(y))
         assert tau.dtype == torch.float32 and tau.shape == ()
         assert tau.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("gap", [-5.0, 5.0])
+def test_separation_point_when_variances_are_nearly_equal(gap):
+    """Where the textbook's formula for the roots subtracts two nearly equal numbers."""
+    x = torch.tensor([5.0, 7.0], dtype=torch.float64)
+    for k in range(2, 16):
+        y = gap + 6 + (x - 6) * (1 + 10.0**-k)
+        expected, clear = separation_by_search(x.numpy(), y.numpy())
+        assert clear and separation_point(x, y).item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -249,19 +260,16 @@ def test_direct_exchange_sorts_the_whole_batch(scores):
     assert moved == n - must_stay - min(may_stay, room)
 
 
-def test_scores_and_exchange_are_one_graph():
-    """A value read by the host (`.item()`, a branch, a shape) would break the graph."""
-
-    def all_in_one(offline, online, reference_actions):
-        n, both = len(offline.rewards), dare_iql.concatenate(offline, online)
-        scores = alignment_score(both.actions, reference_actions).split([n, len(online.rewards)])
-        return exchange(offline, online, *scores, 2), direct_exchange(offline, online, *scores)
-
-    offline, online = batch_of(range(6)), batch_of(range(6, 10))
-    reference_actions = torch.linspace(-2, 1, 40).reshape(10, 2, 2)
-    compiled = torch.compile(all_in_one, fullgraph=True, backend="eager")
-    args = (offline, online, reference_actions)
-    torch.testing.assert_close(compiled(*args), all_in_one(*args), rtol=0, atol=0)
+def test_no_score_is_read_by_the_host():
+    """Tensors on the meta device have shapes and no values: to read a value is an error."""
+    offline, online = (Batch(*(f.to("meta") for f in batch_of(range(n)))) for n in (6, 4))
+    scores = [alignment_score(b.actions, torch.empty(len(b.rewards), 3, 2, device="meta"))
+              for b in (offline, online)]  # fmt: skip
+    for function in (exchange, direct_exchange):
+        *after, m, tau = function(offline, online, *scores)
+        assert m.shape == tau.shape == () and m.is_meta and tau.is_meta
+        for before, batch in zip((offline, online), after, strict=True):
+            assert [f.shape for f in batch] == [f.shape for f in before]
 
 
 # --- Eq. 7 ---

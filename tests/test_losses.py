@@ -2,11 +2,12 @@
 
 import math
 
-import dare_iql
-import iql
 import numpy as np
 import pytest
 import torch
+
+import dare_iql
+import iql
 from dare_iql import Batch
 
 S, A, B, N_OFFLINE = 3, 2, 8, 5
@@ -24,7 +25,7 @@ def agent_of(cfg, module=dare_iql, online=True):
     for network in (agent.qf, agent.q_target, agent.vf, agent.actor):
         for parameter in network.parameters():
             parameter.data.normal_(0, 0.5)
-    agent.actor.log_std.data = torch.tensor([0.3, -0.4])
+    agent.actor.log_std.data = torch.tensor([1.0, 0.5])
     agent.online = online
     return agent
 
@@ -108,6 +109,19 @@ def test_no_gradient_flows_through_the_targets_of_eq_15(batch):
 
 
 # --- Eq. 16 ---
+
+
+def test_drawn_actions_are_clamped_and_their_densities_are_not(batch):
+    actor = agent_of(config()).actor
+    torch.manual_seed(5)
+    actions, log_prob = actor.sample(batch.observations, 50)
+    torch.manual_seed(5)
+    mean, log_std = actor(batch.observations)
+    policy = torch.distributions.Normal(mean, log_std.exp())
+    drawn = mean + log_std.exp() * torch.randn(50, B, A)
+    assert 0.2 < (drawn.abs() > 1).float().mean() < 0.8
+    torch.testing.assert_close(actions, drawn.clamp(-1, 1))
+    torch.testing.assert_close(log_prob, policy.log_prob(drawn).sum(-1))
 
 
 def actor_loss_by_hand(agent, batch, advantage, seed):
