@@ -23,7 +23,7 @@ class TimeFeatures(nn.Module):
         self.register_buffer("frequencies", TIME_SCALE * torch.randn(TIME_FEATURES // 2))
 
     def forward(self, t: Tensor | float) -> Tensor:
-        """Features of t; kept in fp32 because the angles reach hundreds of radians."""
+        """Features of t; in fp32 because the angles reach hundreds of radians."""
         t = torch.as_tensor(t, dtype=torch.float32, device=self.frequencies.device)
         angles = 2 * math.pi * t[..., None] * self.frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -51,18 +51,18 @@ class BehaviorModel(nn.Module):
 
     def __init__(self, state_dim: int, action_dim: int, width: int = 512):
         super().__init__()
-        if width < 4:
-            raise ValueError(f"width must be at least 4, got {width}")
-        self.state_dim, self.action_dim, self.width = state_dim, action_dim, width
+        if width < 4 or width % 4:
+            raise ValueError(f"width must be a positive multiple of 4, got {width}")
+        self.action_dim = action_dim
         self.state_features = nn.Linear(state_dim, STATE_FEATURES)
         self.state_embedding = nn.Linear(STATE_FEATURES, EMBEDDING)
         self.time_features = TimeFeatures()
         self.time_embedding = nn.Linear(TIME_FEATURES, EMBEDDING)
         self.embedding = nn.Linear(EMBEDDING, EMBEDDING)
         wide, middle, narrow = width, width // 2, width // 4
-        self.condition_sizes = [wide, middle, narrow, narrow, middle, wide]
+        self.sizes = [wide, middle, narrow, narrow, middle, wide]
         # The blocks' conditions are one product, not six.
-        self.conditions = nn.Linear(EMBEDDING, sum(self.condition_sizes))
+        self.conditions = nn.Linear(EMBEDDING, sum(self.sizes))
         self.down_wide = ResidualBlock(action_dim, wide)
         self.down_middle = ResidualBlock(wide, middle)
         self.down_narrow = ResidualBlock(middle, narrow)
@@ -81,9 +81,8 @@ class BehaviorModel(nn.Module):
 
     def predict(self, actions_t: Tensor, embedded_states: Tensor, t: Tensor | float) -> Tensor:
         """Noise in actions_t [..., A], given `embed_states(states)`; t and states broadcast."""
-        time = self.time_embedding(self.time_features(t))
-        embedding = self.embedding(silu(embedded_states + time))
-        conditions = self.conditions(silu(embedding)).split(self.condition_sizes, dim=-1)
+        embedding = silu(embedded_states + self.time_embedding(self.time_features(t)))
+        conditions = self.conditions(silu(self.embedding(embedding))).split(self.sizes, dim=-1)
         wide = self.down_wide(actions_t, conditions[0])
         middle = self.down_middle(wide, conditions[1])
         narrow = self.down_narrow(middle, conditions[2])
@@ -102,27 +101,22 @@ class EnergyModel(nn.Module):
 
     def __init__(self, state_dim: int, action_dim: int, hidden: int = 256):
         super().__init__()
-        self.state_dim, self.action_dim, self.hidden = state_dim, action_dim, hidden
         self.state_layer = nn.Linear(state_dim, hidden)
         self.action_layer = nn.Linear(action_dim, hidden, bias=False)
         self.time_features = TimeFeatures()
         self.time_layer = nn.Linear(TIME_FEATURES, hidden, bias=False)
-        self.layers = nn.Sequential(
-            *(nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden)) for _ in range(3)),
-            nn.SiLU(),
-            nn.Linear(hidden, 1),
-        )
+        layers = [m for _ in range(3) for m in (nn.SiLU(), nn.Linear(hidden, hidden))]
+        self.layers = nn.Sequential(*layers, nn.SiLU(), nn.Linear(hidden, 1))
 
     def forward(self, actions_t: Tensor, states: Tensor, t: Tensor | float) -> Tensor:
         """Energy of actions_t [N, A] at states [N, S] and t (0-d or [N]) -> [N]."""
         return self.predict(actions_t, self.embed_states(states), t)
 
     def embed_states(self, states: Tensor) -> Tensor:
-        """What depends on the states alone: [..., S] -> [..., hidden]."""
+        """What depends on the states alone, [..., S] -> [..., hidden]."""
         return self.state_layer(states)
 
     def predict(self, actions_t: Tensor, embedded_states: Tensor, t: Tensor | float) -> Tensor:
         """Energy of actions_t [..., A], given `embed_states(states)`; t and states broadcast."""
-        time = self.time_layer(self.time_features(t))
-        x = self.action_layer(actions_t) + (embedded_states + time)
-        return self.layers(x).squeeze(-1)
+        condition = embedded_states + self.time_layer(self.time_features(t))
+        return self.layers(self.action_layer(actions_t) + condition).squeeze(-1)

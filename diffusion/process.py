@@ -1,6 +1,5 @@
 """The variance-preserving diffusion process and the solver that runs it backwards."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,9 +16,13 @@ T_MIN, T_MAX = 1e-3, 1.0
 GRID_POWER = 4
 
 
+def _log_alpha(t):
+    return -0.25 * (BETA_MAX - BETA_MIN) * t**2 - 0.5 * BETA_MIN * t
+
+
 def alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
     """Scale alpha_t and noise level sigma_t, alpha^2 + sigma^2 = 1, in the shape of t."""
-    log_alpha = -0.25 * (BETA_MAX - BETA_MIN) * t**2 - 0.5 * BETA_MIN * t
+    log_alpha = _log_alpha(t)
     return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
 
@@ -32,40 +35,37 @@ def perturb(actions: Tensor, t: Tensor, noise: Tensor) -> Tensor:
 class _Step(NamedTuple):
     """Coefficients of one step of `solve`."""
 
+    t: float
     signal: float  # clean = signal x - noise * predicted noise
     noise: float
     corrector: tuple[float, float, float]  # of the last state, the older and the newer clean action
     predictor: tuple[float, float, float]  # likewise
 
 
-@functools.lru_cache(maxsize=64)
-def _schedule(steps: int, device: torch.device) -> tuple[tuple[Tensor, ...], list[_Step]]:
-    """Times of the predictions (0-d tensors on `device`) and the coefficients of the steps.
+def _schedule(steps: int) -> list[_Step]:
+    """Coefficients of all steps.
 
     With l = log(alpha / sigma), x(l + h) = (sigma' / sigma) x(l) + alpha' times the integral of
     e^(tau - h) clean(l + tau) over tau in [0, h].
     """
     if steps < 1:
         raise ValueError(f"the solver needs at least 1 step, got {steps}")
-    root = 1 / GRID_POWER
-    grid = torch.linspace(T_MAX**root, T_MIN**root, steps + 1, dtype=torch.float64) ** GRID_POWER
-    alpha, sigma = (x.tolist() for x in alpha_sigma(grid))
-    log_snr = [math.log(a / s) for a, s in zip(alpha, sigma, strict=True)]
-    corrector, coefficients, last_h = (1.0, 0.0, 0.0), [], math.inf
+    first, last = T_MAX ** (1 / GRID_POWER), T_MIN ** (1 / GRID_POWER)
+    grid = [(first + (last - first) * i / steps) ** GRID_POWER for i in range(steps + 1)]
+    alpha = [math.exp(_log_alpha(t)) for t in grid]
+    sigma = [math.sqrt(-math.expm1(2 * _log_alpha(t))) for t in grid]
+    schedule, corrector, last_h = [], (1.0, 0.0, 0.0), math.inf
     for i in range(steps):
-        h = log_snr[i + 1] - log_snr[i]
+        h = math.log(alpha[i + 1] / sigma[i + 1]) - math.log(alpha[i] / sigma[i])
         kept, weight = sigma[i + 1] / sigma[i], -alpha[i + 1] * math.expm1(-h)
         # First order in the first step, for want of history, and in the last, where it is better.
         slope = 0.5 * h / last_h if i < steps - 1 else 0.0
         predictor = (kept, -slope * weight, (1 + slope) * weight)
-        coefficients.append(_Step(1 / alpha[i], sigma[i] / alpha[i], corrector, predictor))
+        schedule.append(_Step(grid[i], 1 / alpha[i], sigma[i] / alpha[i], corrector, predictor))
         # The integral once more, clean(.) now being linear between the interval's two ends.
         newer = alpha[i + 1] - weight / h
         corrector, last_h = (kept, weight - newer, newer), h
-    # Cached tensors must not be inference tensors, whatever the mode of the first caller.
-    with torch.inference_mode(False):
-        times = grid[:-1].to(device, torch.float32).unbind()
-    return times, coefficients
+    return schedule
 
 
 def solve(
@@ -86,11 +86,13 @@ def solve(
     are clamped: exact for data within these bounds, whose mean given a_t lies within them too, and
     what keeps strong guidance stable. Raises ValueError when steps < 1.
     """
-    times, coefficients = _schedule(steps, initial_noise.device)
     x = predicted = initial_noise
     previous = torch.zeros_like(initial_noise)
-    for t, step in zip(times, coefficients, strict=True):
-        clean = step.signal * predicted - step.noise * noise_prediction(predicted, t).to(x.dtype)
+    for step in _schedule(steps):
+        # Filled on the device: no copy from the host, so the loop can be captured in a CUDA graph.
+        t = initial_noise.new_full((), step.t, dtype=torch.float32)
+        noise = noise_prediction(predicted, t).to(x.dtype)
+        clean = step.signal * predicted - step.noise * noise
         if max_action is not None:
             clean = clean.clamp(-max_action, max_action)
         kept, older, newer = step.corrector

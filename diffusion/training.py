@@ -5,37 +5,32 @@ import pickle
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
 from diffusion.networks import BehaviorModel, EnergyModel
 from diffusion.process import T_MAX, T_MIN, perturb
 
-REPORT_EVERY = 1_000
+REPORT_EVERY = 1_000  # updates between looks at the loss, each of which waits for the device
 
 
-def _random_times(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None):
-    uniform = torch.rand(shape, device=like.device, dtype=like.dtype, generator=generator)
-    return T_MIN + (T_MAX - T_MIN) * uniform
-
-
-def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+def _perturbed(actions: Tensor, t_shape: tuple[int, ...], generator: Generator | None):
+    """Times ~ U[T_MIN, T_MAX], noise ~ N(0, I), and the actions perturbed by them."""
+    like = {"device": actions.device, "dtype": actions.dtype, "generator": generator}
+    t = T_MIN + (T_MAX - T_MIN) * torch.rand(t_shape, **like)
+    noise = torch.randn(actions.shape, **like)
+    return t, noise, perturb(actions, t, noise)
 
 
 def behavior_loss(
-    model: BehaviorModel,
-    states: Tensor,
-    actions: Tensor,
-    generator: torch.Generator | None = None,
+    model: BehaviorModel, states: Tensor, actions: Tensor, generator: Generator | None = None
 ) -> Tensor:
-    """Noise prediction loss, mean over rows and action dimensions: 1 predicts nothing.
+    """Noise prediction loss at states [B, S], actions [B, A] of the dataset, a scalar.
 
-    States [B, S] and actions [B, A] of the dataset; t ~ U[1e-3, 1] and the noise are drawn here.
+    The mean over rows and action dimensions: 1 is what predicting no noise costs.
     """
-    t = _random_times(states.shape[:1], states, generator)
-    noise = _noise_like(actions, generator)
-    return mse_loss(model(perturb(actions, t, noise), states, t).to(noise.dtype), noise)
+    t, noise, actions_t = _perturbed(actions, actions.shape[:1], generator)
+    return mse_loss(model(actions_t, states, t).to(noise.dtype), noise)
 
 
 def energy_loss(
@@ -43,19 +38,16 @@ def energy_loss(
     states: Tensor,
     support_actions: Tensor,
     energies: Tensor,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
-    """Contrastive energy prediction, Eq. 34: cross entropy of softmax_k f against the labels.
+    """Contrastive energy prediction, Eq. 34: cross entropy of softmax_k f to the labels, a scalar.
 
     States [B, S]; support actions [B, K, A] drawn from nu_0(. | s); energies [B, K] = beta_E * Q,
-    whose softmax over k are the labels (the paper's exponents -beta E with E := -Q, and its -f is
-    our f). One t per state, own noise per action. Minimised by
-    f = log E[exp(beta_E Q(s, a_0)) | a_t] + c(s, t).
+    whose softmax over k are the labels (in Eq. 34, E := -Q, and its -f is this f). One t per state,
+    own noise per action. The minimiser is f = log E[exp(beta_E Q(s, a_0)) | a_t] + c(s, t).
     """
-    t = _random_times((states.shape[0], 1), states, generator)
-    noisy_actions = perturb(support_actions, t, _noise_like(support_actions, generator))
-    prediction = model(noisy_actions, states[:, None], t)
-    log_probabilities = prediction.to(energies.dtype).log_softmax(dim=-1)
+    t, _, actions_t = _perturbed(support_actions, (states.shape[0], 1), generator)
+    log_probabilities = model(actions_t, states[:, None], t).to(energies.dtype).log_softmax(dim=-1)
     return -(energies.softmax(dim=-1) * log_probabilities).sum(dim=-1).mean()
 
 
@@ -72,16 +64,16 @@ def train_behavior(
     checkpoint_every: int = 10_000,
     autocast_dtype: torch.dtype | None = None,
 ) -> float:
-    """Fit nu_0 to states [N, S], actions [N, A] (on the model's device); return the last mean loss.
+    """Fit nu_0 to states [N, S], actions [N, A] on the model's device; return the last mean loss.
 
-    Defaults are App. B.5's. `on_progress(updates_done, mean_loss)` is called every 1,000 updates
-    and at the end, with the mean since the previous call. With `path`, the state of the training
-    is kept in `path` + ".partial" and an interrupted call resumes from it; the file stays after the
-    last update, so that the caller removes it once the model is stored. `autocast_dtype` is the
-    type of the networks' products (None: that of the weights).
+    The defaults are App. B.5's. `on_progress(updates_done, mean_loss)` is called every 1,000
+    updates and at the end, with the mean since the last call; it may raise to stop. With `path`,
+    the training is kept in `path` + ".partial", and a call that finds the file goes on from it; the
+    file stays at the end, for the caller to remove once the model is stored. `autocast_dtype` is
+    the type of the networks' products (None: that of the weights).
 
-    Raises FloatingPointError when the loss is not finite, ValueError when the partial file belongs
-    to another training or cannot be read.
+    Raises FloatingPointError when the loss is not finite, ValueError when the partial file cannot
+    be read or holds another training.
     """
     training = _Training(model, states, actions, batch_size, learning_rate, seed, autocast_dtype)
     partial = None if path is None else f"{os.fspath(path)}.partial"
@@ -89,100 +81,82 @@ def train_behavior(
         training.load(partial)
     while training.step < updates:
         training.update()
-        done = training.step == updates
-        report = training.step % REPORT_EVERY == 0 or done
-        if report:
-            training.report(on_progress)
-        if partial is not None and (training.step % checkpoint_every == 0 or done):
+        finished = training.step == updates
+        if finished or training.step % REPORT_EVERY == 0:
+            training.report(on_progress, partial)
+        if finished or training.step % checkpoint_every == 0:
             training.save(partial)
     return training.mean_loss
 
 
 class _Training:
-    """State of `train_behavior`: everything that an exact resumption needs."""
+    """State of `train_behavior`: all that going on exactly needs."""
 
-    def __init__(self, model, states, actions, batch_size, learning_rate, seed, autocast_dtype):
+    COUNTERS = ("step", "n_summed", "mean_loss", "loss_sum")
+
+    def __init__(self, model, states, actions, batch_size, learning_rate, seed, dtype):
         self.model, self.states, self.actions = model, states, actions
-        self.batch_size, self.autocast_dtype = batch_size, autocast_dtype
+        self.batch_size, self.dtype = batch_size, dtype
         self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
-        self.generator = torch.Generator(states.device).manual_seed(seed)
-        self.identity = {
-            "rows": states.shape[0],
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "seed": seed,
-        }
-        self.step = 0
-        self.reported_step = 0
+        self.generator = Generator(states.device).manual_seed(seed)
+        self.step, self.n_summed, self.mean_loss = 0, 0, float("nan")
         self.loss_sum = torch.zeros((), device=states.device)
-        self.mean_loss = float("nan")
+        n_weights = sum(p.numel() for p in model.parameters())
+        self.settings = [len(states), n_weights, batch_size, learning_rate, seed, str(dtype)]
 
     def update(self):
-        rows = torch.randint(
-            self.states.shape[0],
-            (self.batch_size,),
-            device=self.states.device,
-            generator=self.generator,
-        )
-        # No cache: an outer autocast context would keep the casts of older weights.
-        with torch.autocast(
-            self.states.device.type,
-            self.autocast_dtype,
-            enabled=self.autocast_dtype is not None,
-            cache_enabled=False,
-        ):
+        n, device, dtype = len(self.states), self.states.device, self.dtype
+        rows = torch.randint(n, (self.batch_size,), device=device, generator=self.generator)
+        # Without the cache: within a caller's autocast it would hold the casts of older weights.
+        with torch.autocast(device.type, dtype, dtype is not None, cache_enabled=False):
             loss = behavior_loss(self.model, self.states[rows], self.actions[rows], self.generator)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.loss_sum += loss.detach()
+        self.n_summed += 1
         self.step += 1
-
-    def report(self, on_progress):
-        self.check_finite()
-        self.mean_loss = (self.loss_sum / (self.step - self.reported_step)).item()
-        self.loss_sum.zero_()
-        self.reported_step = self.step
-        if on_progress is not None:
-            on_progress(self.step, self.mean_loss)
 
     def check_finite(self):
         if not torch.isfinite(self.loss_sum):
             raise FloatingPointError(
-                f"behavior loss is not finite by update {self.step}: look for extreme values in "
-                "the dataset or lower the learning rate"
+                f"behavior loss is not finite by update {self.step}: look for NaN or extreme values"
+                " in the dataset, or lower the learning rate"
             )
 
-    def save(self, path: str):
+    def report(self, on_progress, partial: str | None):
         self.check_finite()
-        content = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "loss_sum": self.loss_sum,
-            "mean_loss": self.mean_loss,
-            "step": self.step,
-            "reported_step": self.reported_step,
-            "identity": self.identity,
-        }
-        temporary = f"{path}.{os.getpid()}.tmp"
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-
-    def load(self, path: str):
+        self.mean_loss = (self.loss_sum / self.n_summed).item()
+        self.loss_sum.zero_()
+        self.n_summed = 0
         try:
-            content = torch.load(path, map_location=self.states.device, weights_only=True)
+            if on_progress is not None:
+                on_progress(self.step, self.mean_loss)
+        except BaseException:
+            self.save(partial)
+            raise
+
+    def save(self, partial: str | None):
+        if partial is None:
+            return
+        self.check_finite()
+        content = {name: getattr(self, name) for name in ("settings", *self.COUNTERS)}
+        content |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
+        torch.save(content | {"generator": self.generator.get_state()}, f"{partial}.tmp")
+        os.replace(f"{partial}.tmp", partial)
+
+    def load(self, partial: str):
+        try:
+            content = torch.load(partial, map_location=self.states.device, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"cannot read {path}: delete it to train afresh") from error
-        if content["identity"] != self.identity:
+            raise ValueError(f"cannot read {partial}: delete it to train afresh") from error
+        if content["settings"] != self.settings:
             raise ValueError(
-                f"{path} holds a training with {content['identity']}, not {self.identity}: "
-                "delete it to train afresh"
+                f"{partial} holds another training (rows, weights, batch size, learning rate, seed,"
+                f" type {content['settings']}, not {self.settings}): delete it to train afresh"
             )
+        for name in self.COUNTERS:
+            setattr(self, name, content[name])
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.generator.set_state(content["generator"].cpu())
-        self.loss_sum = content["loss_sum"]
-        self.mean_loss = content["mean_loss"]
-        self.step = content["step"]
-        self.reported_step = content["reported_step"]
