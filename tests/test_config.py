@@ -160,7 +160,7 @@ IMPOSSIBLE = {
     "bad alignment": ("--align kl", ["align", "gaussian_kl", "softmax_kl"]),
     "bad device": ("--device tpu", ["device", "tpu", "cpu"]),
     "bad wandb mode": ("--wandb on", ["wandb", "online", "offline", "disabled"]),
-    "width that the network cannot have": ("--behavior_width 10", ["behavior_width", "4"]),
+    "width that the network cannot have": ("--behavior_width 3", ["behavior_width", "4"]),
     "one support action": ("--n_support 1", ["n_support"]),
     "missing file": ("--config_path no_such_file.yaml", ["no_such_file.yaml"]),
 }
