@@ -8,6 +8,7 @@ in PEX (Zhang et al., 2023). Equation and table numbers are the DARE paper's.
 """
 
 import csv
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -856,6 +857,9 @@ class Run:
                 self.stop_on_nan(name, phase, step)
         self.append("train", {"phase": phase, "step": step, **self.last})
         self.sums, self.counts, self.clock, self.clock_step = {}, {}, now, step
+        if sys.platform == "linux":
+            # glibc before 2.38 never reuses most of what torch frees: 10 GB in 100k updates.
+            getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
 
     def stop_on_nan(self, name: str, phase: str, step: int):
         """End the run; the checkpoint is older than what broke."""
