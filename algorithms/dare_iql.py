@@ -726,6 +726,7 @@ def watch(run, name: str, total: int):
 
     def on_progress(done: int, *loss: float):
         nonlocal shown
+        return_memory()
         if run.stop:
             sys.exit(f"interrupted in the {name} phase; the same command goes on from there")
         if done == total or done * 10 // total > shown:
@@ -857,9 +858,7 @@ class Run:
                 self.stop_on_nan(name, phase, step)
         self.append("train", {"phase": phase, "step": step, **self.last})
         self.sums, self.counts, self.clock, self.clock_step = {}, {}, now, step
-        if sys.platform == "linux":
-            # glibc before 2.38 never reuses most of what torch frees: 10 GB in 100k updates.
-            getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
+        return_memory()
 
     def stop_on_nan(self, name: str, phase: str, step: int):
         """End the run; the checkpoint is older than what broke."""
@@ -976,6 +975,16 @@ def load(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         sys.exit(f"error: cannot read {path} ({type(e).__name__}); delete it to start afresh")
+
+
+def return_memory():
+    """Give freed memory back to the system, where the C library is glibc.
+
+    It reuses little of what torch's aligned allocations free (seen with 2.36: 3 GB more after
+    20,000 updates).
+    """
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
 
 
 @contextmanager
