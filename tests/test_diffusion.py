@@ -281,7 +281,19 @@ def test_a_first_call_in_inference_mode_spoils_no_later_gradient(networks):
     ).all()
 
 
-def test_support_actions_do_not_depend_on_the_order_of_progress(networks):
+@pytest.mark.parametrize("guidance_scale", [0.0, 2.0])
+def test_the_sampler_is_one_graph(networks, guidance_scale):
+    behavior, energy = networks
+    options = {"energy": energy, "guidance_scale": guidance_scale, "steps": 3, "max_action": None}
+    # No break: nothing in it waits for the device or branches on data.
+    traced = torch.compile(sample_actions, fullgraph=True, backend="eager")
+    torch.manual_seed(1)
+    expected = sample_actions(behavior, STATES, 2, **options)
+    torch.manual_seed(1)
+    torch.testing.assert_close(traced(behavior, STATES, 2, **options), expected)
+
+
+def test_support_actions_are_samples_of_each_chunk(networks):
     behavior, _ = networks
     done = []
     actions = draw_support_actions(

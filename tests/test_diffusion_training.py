@@ -1,0 +1,236 @@
+"""What the two losses teach is compared with closed forms; the training loop is interrupted."""
+
+import pytest
+import torch
+from gaussian_mixtures import Mixture, energy_distance_ratio
+
+from diffusion import (
+    BehaviorModel,
+    EnergyModel,
+    behavior_loss,
+    energy_loss,
+    perturb,
+    sample_actions,
+    train_behavior,
+    training,
+)
+
+
+def conditional_mixture(states, size=1.0):
+    """Two modes whose places and weights depend on the state: [B, 1], batch shape [B, 1]."""
+    states = states.double()[:, None]
+    centres = torch.tensor([[-0.5, 0.4], [0.5, -0.3]], dtype=torch.float64)
+    moves = torch.tensor([[0.2, 0.3], [-0.2, 0.3]], dtype=torch.float64)
+    weights = torch.cat([0.4 + 0.2 * states, 0.6 - 0.2 * states], dim=-1)
+    stds = torch.tensor([0.2, 0.15], dtype=torch.float64).expand_as(weights)
+    return Mixture(weights, size * (centres + states[..., None] * moves), size * stds)
+
+
+def draw(mixture, n, generator):
+    """Actions [B, n, A] of a conditional mixture."""
+    k = torch.multinomial(mixture.weights[:, 0], n, replacement=True, generator=generator)
+    rows = torch.arange(len(k))[:, None]
+    means, stds = mixture.means[rows, 0, k], mixture.stds[rows, 0, k]
+    noise = torch.randn(means.shape, dtype=torch.float64, generator=generator)
+    return means + stds[..., None] * noise
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- What the losses teach ---
+
+# Far apart modes, because at t = 0.9 only alpha = 0.017 of the action is left to learn from.
+SIZE = 20.0
+SLOPE = torch.tensor([0.15, -0.15], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def trained_energy():
+    torch.manual_seed(0)
+    model, generator, updates = EnergyModel(1, 2, hidden=32), seeded(1), 1800
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    for _ in range(updates):
+        states = 2 * torch.rand(128, 1, generator=generator) - 1
+        support = draw(conditional_mixture(states, SIZE), 16, generator)
+        energies = (support @ SLOPE).float()
+        loss = energy_loss(model, states, support.float(), energies, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_energy_loss_is_minimised_by_the_exact_intermediate_energy(trained_energy, t):
+    states, generator = torch.linspace(-1, 1, 32)[:, None], seeded(2)
+    mixture, time = conditional_mixture(states, SIZE), torch.tensor(t, dtype=torch.float64)
+    actions = draw(mixture, 256, generator)
+    noise = torch.randn(actions.shape, dtype=torch.float64, generator=generator)
+    actions_t = perturb(actions, time.expand(32, 256), noise)
+    exact = mixture.energy(actions_t, time, SLOPE)
+    with torch.no_grad():
+        learned = trained_energy(actions_t.float(), states[:, None], time.float()).double()
+    # What depends on the state and t alone is free.
+    exact, learned = (x - x.mean(dim=1, keepdim=True) for x in (exact, learned))
+    assert (exact * learned).sum() / (exact.norm() * learned.norm()) > 0.98
+    assert (exact * learned).sum() / exact.square().sum() == pytest.approx(1, abs=0.15)
+
+
+def test_behavior_model_matches_a_conditional_distribution_of_two_modes():
+    generator = seeded(0)
+    states = 2 * torch.rand(100_000, 1, generator=generator) - 1
+    actions = draw(conditional_mixture(states), 1, generator)[:, 0].float()
+    torch.manual_seed(0)
+    model = BehaviorModel(1, 2, width=32)
+    for seed, (updates, rate) in enumerate([(700, 4e-3), (420, 1e-3), (280, 2.5e-4)]):
+        loss = train_behavior(model, states, actions, updates, 1024, rate, seed)
+    assert loss < 0.13
+    tested = torch.tensor([[-0.8], [-0.2], [0.3], [0.8]])
+    samples = sample_actions(model, tested, 8192, max_action=None, generator=generator).double()
+    for state, x in zip(tested, samples, strict=True):
+        mixture = conditional_mixture(state[None])
+        mixture = Mixture(mixture.weights[0, 0], mixture.means[0, 0], mixture.stds[0, 0])
+        nearest = (x[:, None] - mixture.means).norm(dim=-1).argmin(dim=1)
+        for k in range(2):
+            mode = x[nearest == k]
+            assert len(mode) / len(x) == pytest.approx(mixture.weights[k].item(), abs=0.06)
+            assert (mode.mean(dim=0) - mixture.means[k]).abs().max() < 0.05
+            assert mode.std(dim=0).mean() == pytest.approx(mixture.stds[k].item(), rel=0.2)
+        assert mixture.share_off(x) < 0.01
+        assert energy_distance_ratio(x, mixture.spread_sample(2**13), size=250) < 2
+
+
+def test_losses_of_networks_that_know_nothing():
+    torch.manual_seed(0)
+    states, actions = torch.randn(4096, 3), torch.rand(4096, 2)
+    behavior, energy = BehaviorModel(3, 2, width=16), EnergyModel(3, 2, hidden=8)
+    torch.nn.init.zeros_(behavior.output.weight)
+    torch.nn.init.zeros_(behavior.output.bias)
+    assert behavior_loss(behavior, states, actions).item() == pytest.approx(1, abs=0.05)
+    torch.nn.init.zeros_(energy.layers[-1].weight)
+    support = actions.reshape(256, 16, 2)
+    loss = energy_loss(energy, states[:256], support, support.sum(-1))
+    torch.testing.assert_close(loss, torch.tensor(16.0).log())
+
+
+# --- The training loop ---
+
+DATA = torch.randn(500, 3, generator=seeded(0)), torch.rand(500, 2, generator=seeded(1)) * 2 - 1
+
+
+def new_model(seed=0):
+    torch.manual_seed(seed)
+    return BehaviorModel(3, 2, width=16)
+
+
+def train(model, path=None, updates=60, **options):
+    options = {"batch_size": 32, "learning_rate": 1e-3, "checkpoint_every": 20} | options
+    return train_behavior(model, *DATA, updates, path=path, **options)
+
+
+def assert_same_weights(first, second):
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def often_reported(monkeypatch):
+    monkeypatch.setattr(training, "REPORT_EVERY", 25)
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatch, often_reported):
+    whole = new_model()
+    whole_loss = train(whole)
+    losses, calls = behavior_loss, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) > 50:
+            raise MemoryError
+        return losses(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "behavior_loss", killed)
+        with pytest.raises(MemoryError):
+            train(new_model(), tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.partial"]
+    resumed, reports = new_model(seed=1), []
+    loss = train(resumed, tmp_path / "model", on_progress=lambda n, _: reports.append(n))
+    assert loss == whole_loss
+    assert reports == [50, 60]
+    assert_same_weights(resumed, whole)
+    again = new_model(seed=2)
+    assert train(again, tmp_path / "model") == whole_loss
+    assert_same_weights(again, whole)
+
+
+def test_a_stop_by_on_progress_loses_nothing(tmp_path, often_reported):
+    whole, resumed = new_model(), new_model()
+    train(whole)
+
+    def stop(*_):
+        raise SystemExit("stopped")
+
+    with pytest.raises(SystemExit):
+        train(resumed, tmp_path / "model", on_progress=stop, checkpoint_every=1000)
+    assert torch.load(tmp_path / "model.partial", weights_only=True)["step"] == 25
+    train(resumed, tmp_path / "model")
+    assert_same_weights(resumed, whole)
+
+
+def test_the_seed_decides_the_training():
+    first, again, other = new_model(), new_model(), new_model()
+    for model, seed in ((first, 3), (again, 3), (other, 4)):
+        train(model, updates=3, seed=seed)
+    assert_same_weights(first, again)
+    assert not torch.equal(first.output.weight, other.output.weight)
+
+
+def test_reduced_precision_does_not_use_stale_weights():
+    reduced, nested, full = new_model(), new_model(), new_model()
+    train(full)
+    train(reduced, autocast_dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        train(nested, autocast_dtype=torch.bfloat16)
+    assert_same_weights(nested, reduced)
+    assert not torch.equal(reduced.output.weight, full.output.weight)
+    torch.testing.assert_close(reduced.output.weight, full.output.weight, rtol=0, atol=0.01)
+
+
+def test_progress_is_reported_with_the_mean_since_the_last_report(monkeypatch, often_reported):
+    values = iter(range(1000))
+
+    def counted(model, *_):
+        return model.output.bias.sum() * 0 + next(values)
+
+    monkeypatch.setattr(training, "behavior_loss", counted)
+    reports = []
+    last = train(new_model(), on_progress=lambda *report: reports.append(report))
+    assert reports == [(25, 12.0), (50, 37.0), (60, 54.5)]
+    assert last == 54.5
+
+
+def test_a_loss_that_is_not_finite_stops_and_is_not_kept(tmp_path):
+    states, actions = DATA[0].clone(), DATA[1]
+    states[7] = float("nan")
+    with pytest.raises(FloatingPointError, match="behavior loss is not finite by update 20"):
+        train_behavior(
+            new_model(), states, actions, 100, 256, path=tmp_path / "model", checkpoint_every=20
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_foreign_or_broken_partial_file_is_refused(tmp_path):
+    path = tmp_path / "model"
+    train(new_model(), path, updates=2)
+    for options in ({"seed": 1}, {"batch_size": 16}, {"learning_rate": 0.1}):
+        with pytest.raises(ValueError, match="holds another training"):
+            train(new_model(), path, **options)
+    partial = tmp_path / "model.partial"
+    partial.write_bytes(partial.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot read .*delete it to train afresh"):
+        train(new_model(), path)
