@@ -59,6 +59,7 @@ class Config:
     regenerated_size: int = 200_000  # transitions that --data regenerated collects
     seed: int = 0  # seeds networks, batches, exploration and the training environment
     device: str = "auto"  # auto, cpu or cuda
+    threads: int = 1  # CPU threads: one per run, as two runs beat two threads; 0 takes all cores
     runs_dir: str = "runs"  # a run writes <runs_dir>/<name>/<env>/seed_<seed>/
     name: str = Path(__file__).stem  # name of the method; rename a variant to keep it apart
     wandb: str = "auto"  # online, offline, disabled; auto is online when logged in, else offline
@@ -801,7 +802,7 @@ class Run:
         path = self.dir / "config.yaml"
         if path.exists():
             old = yaml.safe_load(path.read_text())
-            free = ("device", "wandb", "project", "runs_dir")
+            free = ("device", "threads", "wandb", "project", "runs_dir")
             new = [k for k, v in self.settings.items() if k not in free and old.get(k) != v]
             if new:
                 sys.exit(f"error: {self.dir} has other settings of {', '.join(new)}; repeat them "
@@ -1094,6 +1095,8 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
 def main(args: list[str] | None = None):
     """Train offline, or take the cached agent; fine-tune online; summarize."""
     cfg = Parser(Config, allow_abbrev=False).parse_args(args)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     device = cfg.device if cfg.device != "auto" else ("cpu", "cuda")[torch.cuda.is_available()]
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but torch sees no CUDA device; take --device cpu")
