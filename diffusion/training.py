@@ -75,17 +75,15 @@ def train_behavior(
     Raises FloatingPointError when the loss is not finite, ValueError when the partial file cannot
     be read or holds another training.
     """
-    training = _Training(model, states, actions, batch_size, learning_rate, seed, autocast_dtype)
-    partial = None if path is None else f"{os.fspath(path)}.partial"
-    if partial is not None and os.path.exists(partial):
-        training.load(partial)
+    settings = [len(states), batch_size, learning_rate, seed, str(autocast_dtype)]
+    training = _Training(model, states, actions, settings, autocast_dtype, path)
     while training.step < updates:
         training.update()
         finished = training.step == updates
         if finished or training.step % REPORT_EVERY == 0:
-            training.report(on_progress, partial)
+            training.report(on_progress)
         if finished or training.step % checkpoint_every == 0:
-            training.save(partial)
+            training.save()
     return training.mean_loss
 
 
@@ -94,15 +92,17 @@ class _Training:
 
     COUNTERS = ("step", "n_summed", "mean_loss", "loss_sum")
 
-    def __init__(self, model, states, actions, batch_size, learning_rate, seed, dtype):
+    def __init__(self, model, states, actions, settings, dtype, path):
         self.model, self.states, self.actions = model, states, actions
-        self.batch_size, self.dtype = batch_size, dtype
+        self.settings, self.dtype = settings, dtype
+        _, self.batch_size, learning_rate, seed, _ = settings
         self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
         self.generator = Generator(states.device).manual_seed(seed)
         self.step, self.n_summed, self.mean_loss = 0, 0, float("nan")
         self.loss_sum = torch.zeros((), device=states.device)
-        n_weights = sum(p.numel() for p in model.parameters())
-        self.settings = [len(states), n_weights, batch_size, learning_rate, seed, str(dtype)]
+        self.partial = None if path is None else f"{os.fspath(path)}.partial"
+        if self.partial is not None and os.path.exists(self.partial):
+            self.load()
 
     def update(self):
         n, device, dtype = len(self.states), self.states.device, self.dtype
@@ -124,7 +124,7 @@ class _Training:
                 " in the dataset, or lower the learning rate"
             )
 
-    def report(self, on_progress, partial: str | None):
+    def report(self, on_progress):
         self.check_finite()
         self.mean_loss = (self.loss_sum / self.n_summed).item()
         self.loss_sum.zero_()
@@ -133,26 +133,25 @@ class _Training:
             if on_progress is not None:
                 on_progress(self.step, self.mean_loss)
         except BaseException:
-            self.save(partial)
+            self.save()
             raise
 
-    def save(self, partial: str | None):
-        if partial is None:
-            return
+    def save(self):
         self.check_finite()
-        content = {name: getattr(self, name) for name in ("settings", *self.COUNTERS)}
-        content |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
-        torch.save(content | {"generator": self.generator.get_state()}, f"{partial}.tmp")
-        os.replace(f"{partial}.tmp", partial)
+        if self.partial is not None:
+            content = {name: getattr(self, name) for name in ("settings", *self.COUNTERS)}
+            content |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
+            torch.save(content | {"generator": self.generator.get_state()}, f"{self.partial}.tmp")
+            os.replace(f"{self.partial}.tmp", self.partial)
 
-    def load(self, partial: str):
+    def load(self):
         try:
-            content = torch.load(partial, map_location=self.states.device, weights_only=True)
+            content = torch.load(self.partial, map_location=self.states.device, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"cannot read {partial}: delete it to train afresh") from error
+            raise ValueError(f"cannot read {self.partial}: delete it to train afresh") from error
         if content["settings"] != self.settings:
             raise ValueError(
-                f"{partial} holds another training (rows, weights, batch size, learning rate, seed,"
+                f"{self.partial} holds another training (rows, batch size, learning rate, seed,"
                 f" type {content['settings']}, not {self.settings}): delete it to train afresh"
             )
         for name in self.COUNTERS:
