@@ -118,7 +118,8 @@ class _Training:
         self.step += 1
 
     def check_finite(self):
-        if not torch.isfinite(self.loss_sum):
+        # The weights too: the last update may have broken them after a finite loss.
+        if not all(torch.isfinite(x).all() for x in (self.loss_sum, *self.model.parameters())):
             raise FloatingPointError(
                 f"behavior loss is not finite by update {self.step}: look for NaN or extreme values"
                 " in the dataset, or lower the learning rate"

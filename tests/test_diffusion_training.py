@@ -224,6 +224,16 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_kept(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_broken_by_the_last_update_are_not_returned(tmp_path, monkeypatch):
+    def infinite_slope(model, *_):
+        return (0 * model.output.bias).sqrt().sum()
+
+    monkeypatch.setattr(training, "behavior_loss", infinite_slope)
+    with pytest.raises(FloatingPointError, match="not finite by update 1:"):
+        train(new_model(), tmp_path / "model", updates=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_foreign_or_broken_partial_file_is_refused(tmp_path):
     path = tmp_path / "model"
     train(new_model(), path, updates=2)
