@@ -221,6 +221,21 @@ def test_a_cache_hit_changes_no_result(finished, cached_runs, capsys):
     assert_same_end(path, finished)
 
 
+@pytest.mark.parametrize("name", ["behavior_model", "offline_support"])
+def test_behavior_seed_does_not_reach_the_draws_of_the_run(monkeypatch, cached_runs, name):
+    function, states = getattr(dare_iql, name), []
+
+    def watched(*args):
+        states.append(torch.get_rng_state())
+        result = function(*args)
+        states.append(torch.get_rng_state())
+        return result
+
+    monkeypatch.setattr(dare_iql, name, watched)
+    run(cached_runs, "--online_iterations", "0", "--behavior_seed", "1")
+    assert len(states) == 2 and torch.equal(*states)
+
+
 def test_other_offline_settings_miss_the_cache(cached_runs, capsys):
     run(cached_runs, "--offline_iterations", "40", "--online_iterations", "0", "--utd", "2")
     output = capsys.readouterr().out
