@@ -683,18 +683,15 @@ def behavior_model(cfg: Config, run, buffer: ReplayBuffer) -> BehaviorModel:
         if path.exists():
             model.load_state_dict(load(path)["behavior"])
         else:
-            train_behavior(
-                model,
-                data.observations,
-                data.actions,
-                cfg.behavior_iterations,
-                cfg.behavior_batch_size,
-                cfg.behavior_lr,
-                cfg.behavior_seed,
-                path,
-                watch(run, "behavior", cfg.behavior_iterations),
-                cfg.checkpoint_freq,
-            )
+            sizes = cfg.behavior_iterations, cfg.behavior_batch_size, cfg.behavior_lr
+            report = watch(run, "behavior", cfg.behavior_iterations)
+            seed, every = cfg.behavior_seed, cfg.checkpoint_freq
+            try:
+                train_behavior(
+                    model, data.observations, data.actions, *sizes, seed, path, report, every
+                )
+            except (FloatingPointError, ValueError) as e:
+                sys.exit(f"error: {e}")
             save(path, {"behavior": model.state_dict()})
             Path(f"{path}.partial").unlink(missing_ok=True)
     return model.requires_grad_(False)
