@@ -295,3 +295,58 @@ def test_return_range_splits_at_terminals_and_gaps(dataset, module):
 def test_reward_transform(dataset, module, env, normalize, expected):
     cfg = module.Config(env=env, normalize_reward=normalize)
     assert module.reward_transform(dataset, cfg) == pytest.approx(expected)
+
+
+# --- Energies and one pass of Algorithm 1 ---
+
+
+def bare_dare(**settings):
+    """The exchange without its models, which the tests below do not need or replace."""
+    dare = object.__new__(dare_iql.DARE)
+    dare.cfg, dare.behavior, dare.energy = config(**settings), "nu_0", "f_phi"
+    dare.q_spread, dare.n_energy_updates = torch.ones(()), 0
+    return dare
+
+
+def test_energies_are_q_in_units_of_its_usual_spread():
+    dare, agent = bare_dare(energy_beta=2.0), agent_of(config())
+    spreads = []
+    for k in range(3):
+        states, actions = torch.randn(4, S), torch.randn(4, 5, A) * (k + 1)
+        q = torch.stack(
+            [torch.min(*agent.q_target.both(s.expand(5, -1), a))
+             for s, a in zip(states, actions, strict=True)]
+        )  # fmt: skip
+        spreads.append(q.std(1).mean())
+        expected = 2.0 * q / torch.stack(spreads).mean()  # of few updates the plain mean
+        torch.testing.assert_close(dare.energies(agent, states, actions), expected)
+    raw = bare_dare(energy_beta=2.0, energy_normalize=False)
+    torch.testing.assert_close(raw.energies(agent, states, actions), 2.0 * q)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "direct"])
+def test_a_pass_of_algorithm_1_exchanges_by_the_scores(monkeypatch, batch, kind):
+    references = torch.linspace(-1, 1, B * 2 * A).reshape(B, 2, A)
+
+    def sampled(behavior, states, n, energy, guidance_scale, steps):
+        assert (behavior, energy) == ("nu_0", "f_phi") and torch.equal(states, batch.observations)
+        assert (n, guidance_scale, steps) == (2, 0, 7)
+        return references
+
+    monkeypatch.setattr(dare_iql, "sample_actions", sampled)
+    dare = bare_dare(
+        guidance_scale=0, exchange=kind, max_exchange=1, n_reference=2, diffusion_steps=7
+    )
+    halves = [Batch(*(x[rows] for x in batch)) for rows in (OFFLINE, ONLINE)]
+    offline, online, metrics = dare(None, *halves)
+    scores = dare_iql.alignment_score(batch.actions, references).split([N_OFFLINE, B - N_OFFLINE])
+    if kind == "gaussian":
+        *expected, exchanged, tau = dare_iql.exchange(*halves, *scores, 1)
+    else:
+        *expected, exchanged, tau = dare_iql.direct_exchange(*halves, *scores)
+    torch.testing.assert_close([offline, online], expected)
+    assert exchanged > 0
+    fits = [x.mean() for x in scores] + [x.std(correction=0) for x in scores]
+    names = "exchanged tau mu_offline mu_online sigma_offline sigma_online".split()
+    expected_metrics = dict(zip(names, [exchanged.float(), tau, *fits], strict=True))
+    torch.testing.assert_close(metrics, expected_metrics)
