@@ -324,9 +324,11 @@ def test_energies_are_q_in_units_of_its_usual_spread():
     torch.testing.assert_close(raw.energies(agent, states, actions), 2.0 * q)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "direct"])
-def test_a_pass_of_algorithm_1_exchanges_by_the_scores(monkeypatch, batch, kind):
-    references = torch.linspace(-1, 1, B * 2 * A).reshape(B, 2, A)
+@pytest.mark.parametrize("kind, align", [("gaussian", "gaussian_kl"), ("direct", "softmax_kl")])
+def test_a_pass_of_algorithm_1_exchanges_by_the_scores(monkeypatch, batch, kind, align):
+    # References far from the first offline rows and near the online rows: these change sides.
+    references = torch.stack([batch.actions, batch.actions + 0.1], 1)
+    references[:3] += torch.tensor([1.0, -2.0])
 
     def sampled(behavior, states, n, energy, guidance_scale, steps):
         assert (behavior, energy) == ("nu_0", "f_phi") and torch.equal(states, batch.observations)
@@ -334,18 +336,18 @@ def test_a_pass_of_algorithm_1_exchanges_by_the_scores(monkeypatch, batch, kind)
         return references
 
     monkeypatch.setattr(dare_iql, "sample_actions", sampled)
-    dare = bare_dare(
-        guidance_scale=0, exchange=kind, max_exchange=1, n_reference=2, diffusion_steps=7
-    )
+    settings = {"exchange": kind, "align": align, "max_exchange": 1, "n_reference": 2}
+    dare = bare_dare(guidance_scale=0, diffusion_steps=7, **settings)
     halves = [Batch(*(x[rows] for x in batch)) for rows in (OFFLINE, ONLINE)]
     offline, online, metrics = dare(None, *halves)
-    scores = dare_iql.alignment_score(batch.actions, references).split([N_OFFLINE, B - N_OFFLINE])
+    scores = dare_iql.alignment_score(batch.actions, references, align)
+    scores = scores.split([N_OFFLINE, B - N_OFFLINE])
     if kind == "gaussian":
         *expected, exchanged, tau = dare_iql.exchange(*halves, *scores, 1)
     else:
         *expected, exchanged, tau = dare_iql.direct_exchange(*halves, *scores)
     torch.testing.assert_close([offline, online], expected)
-    assert exchanged > 0
+    assert dare_iql.exchange(*halves, *scores)[2] > 1 == dare.cfg.max_exchange
     fits = [x.mean() for x in scores] + [x.std(correction=0) for x in scores]
     names = "exchanged tau mu_offline mu_online sigma_offline sigma_online".split()
     expected_metrics = dict(zip(names, [exchanged.float(), tau, *fits], strict=True))
