@@ -535,7 +535,7 @@ def exchange(offline_batch, online_batch, offline_scores, online_scores, max_exc
     """
     tau = separation_point(offline_scores, online_scores)
     online_like, offline_like = (offline_scores >= tau).sum(), (online_scores < tau).sum()
-    exchanged = torch.minimum(online_like, offline_like).clamp(max=max_exchange)
+    exchanged = torch.minimum(online_like, offline_like).clamp(max=max_exchange).floor()
     n, n_pairs = len(offline_scores), min(len(offline_scores), len(online_scores))
     i = offline_scores.argsort(descending=True, stable=True)[:n_pairs]
     j = online_scores.argsort(stable=True)[:n_pairs] + n
