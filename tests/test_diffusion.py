@@ -310,13 +310,14 @@ def test_support_actions_are_samples_of_each_chunk(networks):
 # --- The networks ---
 
 
-def test_a_shared_time_equals_a_time_per_row(networks):
+def test_networks_depend_on_time_and_state_and_a_shared_time_equals_one_per_row(networks):
     actions = spread_normal(6, 3).float()
     for network in networks:
         shared = network(actions, STATES, torch.tensor(0.3))
         torch.testing.assert_close(shared, network(actions, STATES, torch.full((6,), 0.3)))
         torch.testing.assert_close(shared, network(actions, STATES, 0.3))
         assert (shared - network(actions, STATES, 0.31)).abs().max() > 1e-4
+        assert (shared - network(actions, STATES.flip(0), 0.3)).abs().max() > 1e-3
 
 
 def test_states_broadcast_over_their_actions(networks):

@@ -111,7 +111,9 @@ def test_losses_of_networks_that_know_nothing():
     torch.nn.init.zeros_(behavior.output.weight)
     torch.nn.init.zeros_(behavior.output.bias)
     assert behavior_loss(behavior, states, actions).item() == pytest.approx(1, abs=0.05)
-    torch.nn.init.zeros_(energy.layers[-1].weight)
+    # Of state and time alone, so the same for the actions of a state, which share one time.
+    torch.nn.init.zeros_(energy.action_layer.weight)
+    torch.nn.init.constant_(energy.layers[-1].weight, 100.0)
     support = actions.reshape(256, 16, 2)
     loss = energy_loss(energy, states[:256], support, support.sum(-1))
     torch.testing.assert_close(loss, torch.tensor(16.0).log())
@@ -143,8 +145,8 @@ def often_reported(monkeypatch):
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatch, often_reported):
-    whole = new_model()
-    whole_loss = train(whole)
+    whole, whole_reports, reports = new_model(), [], []
+    whole_loss = train(whole, on_progress=lambda *report: whole_reports.append(report))
     losses, calls = behavior_loss, []
 
     def killed(*arguments):
@@ -158,10 +160,11 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatc
         with pytest.raises(MemoryError):
             train(new_model(), tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["model.partial"]
-    resumed, reports = new_model(seed=1), []
-    loss = train(resumed, tmp_path / "model", on_progress=lambda n, _: reports.append(n))
+    resumed = new_model(seed=1)
+    loss = train(resumed, tmp_path / "model", on_progress=lambda *report: reports.append(report))
     assert loss == whole_loss
-    assert reports == [50, 60]
+    assert [n for n, _ in reports] == [50, 60]
+    assert reports == whole_reports[1:]
     assert_same_weights(resumed, whole)
     again = new_model(seed=2)
     assert train(again, tmp_path / "model") == whole_loss
