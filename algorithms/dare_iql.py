@@ -143,6 +143,7 @@ PRESETS = {  # by task family, then by task
     "antmaze": {"iql_tau": 0.9, "beta": 10.0, "normalize_reward": True, "n_episodes": 100},
 }
 # What an offline agent depends on besides the data: the key of its cache.
+OFFLINE_METHOD = "iql"
 OFFLINE_FIELDS = """env seed offline_iterations batch_size discount tau iql_tau beta qf_lr vf_lr
     actor_lr hidden_dim n_hidden normalize_reward offline_eval_freq n_episodes eval_seed""".split()
 CSV_COLUMNS = {
@@ -244,30 +245,33 @@ class ReplayBuffer:
     """Transitions as the rows of one tensor on the training device."""
 
     def __init__(self, state_dim: int, action_dim: int, capacity: int, device):
-        self.dims, self.widths = (state_dim, action_dim), [state_dim, action_dim, 1, state_dim, 1]
+        self.dims = state_dim, action_dim
+        widths = {"observations": state_dim, "actions": action_dim, "next_observations": state_dim}
+        self.widths = [widths.get(name, 1) for name in Batch._fields]
         self.rows = torch.empty(capacity, sum(self.widths), device=device)
         self.size = 0
 
     def add(self, *transitions: np.ndarray):
-        """Append observations, actions, rewards, next_observations and terminals, one row each."""
+        """Append the columns of a Batch, each with one row per transition."""
         columns = [np.asarray(x, np.float32).reshape(len(transitions[0]), -1) for x in transitions]
         rows = torch.from_numpy(np.concatenate(columns, 1))
         self.rows[self.size : self.size + len(rows)] = rows.to(self.rows.device)
         self.size += len(rows)
 
     def batch(self, rows: torch.Tensor) -> Batch:
-        """Split rows [B, 2S + A + 2] into their columns."""
-        s, a, r, next_s, done = rows.split(self.widths, dim=-1)
-        return Batch(s, a, r.squeeze(-1), next_s, done.squeeze(-1))
+        """Split rows [B, W] into their columns."""
+        columns = zip(rows.split(self.widths, dim=-1), self.widths, strict=True)
+        return Batch(*(x.squeeze(-1) if width == 1 else x for x, width in columns))
 
     def sample(self, batch_size: int) -> Batch:
         """Draw rows uniformly, with replacement."""
         index = torch.randint(self.size, (batch_size,), device=self.rows.device)
         return self.batch(self.rows[index])
 
-    def digest(self) -> str:
-        """Fingerprint of the data."""
-        return hashlib.sha256(self.rows[: self.size].cpu().numpy().data).hexdigest()
+    def digest(self, width: int | None = None) -> str:
+        """Fingerprint of the first columns of the data, or of all."""
+        rows = self.rows[: self.size, :width].cpu().numpy()
+        return hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()
 
     def state_dict(self) -> dict:
         """Filled part only."""
@@ -284,12 +288,18 @@ def concatenate(first: Batch, second: Batch) -> Batch:
     return Batch(*map(torch.cat, zip(first, second, strict=True)))
 
 
-def return_range(dataset: dict) -> float:
-    """Difference of the largest and the smallest episode return of a dataset."""
+def episode_starts(dataset: dict) -> np.ndarray:
+    """First rows of the episodes: after a terminal and where the states do not join."""
     obs, next_obs = dataset["observations"], dataset["next_observations"]
     new_episode = np.ones(len(obs), bool)
     new_episode[1:] = dataset["terminals"][:-1] | (obs[1:] != next_obs[:-1]).any(1)
-    returns = np.add.reduceat(dataset["rewards"].astype(np.float64), np.flatnonzero(new_episode))
+    return np.flatnonzero(new_episode)
+
+
+def return_range(dataset: dict) -> float:
+    """Difference of the largest and the smallest episode return of a dataset."""
+    rewards = dataset["rewards"].astype(np.float64)
+    returns = np.add.reduceat(rewards, episode_starts(dataset))
     return float(returns.max() - returns.min())
 
 
@@ -674,12 +684,12 @@ class DARE:
 
 
 def behavior_model(cfg: Config, run, buffer: ReplayBuffer) -> BehaviorModel:
-    """Train nu_0 on the dataset, or take the cached one."""
+    """Train nu_0 on the dataset, or take the cached one; states and actions alone matter."""
     with torch.random.fork_rng():
         torch.manual_seed(cfg.behavior_seed)
         model = BehaviorModel(*buffer.dims, cfg.behavior_width).to(buffer.rows.device)
     data = buffer.batch(buffer.rows[: buffer.size])
-    with cached(cfg, "behavior", BEHAVIOR_FIELDS, buffer.digest()) as path:
+    with cached(cfg, "behavior", BEHAVIOR_FIELDS, buffer.digest(sum(buffer.dims))) as path:
         if path.exists():
             model.load_state_dict(load(path)["behavior"])
         else:
@@ -704,7 +714,7 @@ def offline_support(cfg: Config, run, buffer: ReplayBuffer, behavior: BehaviorMo
     if cfg.n_support_states:
         order = torch.randperm(len(states), generator=generator, device=states.device)
         states = states[order[: cfg.n_support_states]]
-    with cached(cfg, "support", SUPPORT_FIELDS, buffer.digest()) as path:
+    with cached(cfg, "support", SUPPORT_FIELDS, buffer.digest(sum(buffer.dims))) as path:
         if not path.exists():
             actions = draw_support_actions(
                 behavior,
@@ -744,7 +754,7 @@ class Evaluator:
         self.cfg = cfg
         self.envs = gym.make_vec(cfg.env, cfg.n_episodes, vectorization_mode="sync")
 
-    def __call__(self, agent: ImplicitQLearning) -> dict:
+    def __call__(self, agent) -> dict:
         """Return mean and standard deviation, normalized score (0 to 100), success rate."""
         state, _ = self.envs.reset(seed=self.cfg.eval_seed)
         returns = np.zeros(self.cfg.n_episodes)
@@ -1009,11 +1019,11 @@ class TrainingEnv:
         self.state, _ = self.env.reset(seed=cfg.seed)
 
     def step(self, action: np.ndarray) -> tuple:
-        """Act once and give the transition; where an episode ends a new one starts."""
+        """Act once; gives the transition and truncated. Where an episode ends a new one starts."""
         state = self.state
         next_state, reward, terminated, truncated, _ = self.env.step(action)
         self.state = self.env.reset()[0] if terminated or truncated else next_state
-        return state, action, reward, next_state, terminated
+        return state, action, reward, next_state, terminated, truncated
 
     def state_dict(self) -> dict:
         """Simulator, goal, time limit, random state and current observation."""
@@ -1045,7 +1055,7 @@ def train_offline(cfg: Config, run: Run, agent, buffer: ReplayBuffer, evaluator)
 
 def offline_agent(cfg: Config, run: Run, agent, buffer: ReplayBuffer, evaluator):
     """Train the agent offline, or take the cached one with its evaluations."""
-    with cached(cfg, "iql", OFFLINE_FIELDS, buffer.digest()) as path:
+    with cached(cfg, OFFLINE_METHOD, OFFLINE_FIELDS, buffer.digest()) as path:
         if path.exists():
             state = load(path)
             agent.load_state_dict(state["agent"])
@@ -1076,7 +1086,7 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
         if not np.isfinite(action).all():
             run.write_means("online", step)  # names the loss that is not finite either
             run.stop_on_nan("the policy's action", "online", step)
-        state, action, reward, next_state, terminated = env.step(action)
+        state, action, reward, next_state, terminated, _ = env.step(action)
         reward = reward * transform[0] + transform[1]
         online_buffer.add([state], [action], [reward], [next_state], [terminated])
         for _ in range(cfg.utd if step >= cfg.initial_collection_steps else 0):
