@@ -478,15 +478,16 @@ class CalQL:
         return (soft_max - q).clamp(min=cfg.cql_clip_diff_min)
 
     def critic_loss(self, batch: Batch, policy, next_policy):
-        """Squared TD errors and alpha R of Eq. 1, both summed over the two Q; Q of the data."""
+        """Squared TD errors and alpha R of Eq. 1, each summed over both Q; mean Q of the data."""
         n_rows = len(batch.rewards)
         q = self.qf.both(batch.observations, batch.actions)
+        mean_q = q.detach().mean()
         td_loss = (q - self.td_target(batch, next_policy)).square().sum() / n_rows
         regularizer = self.conservative_regularizer(batch, q, policy, next_policy)
         if self.cfg.cql_lagrange:
             regularizer = regularizer - self.cfg.cql_target_action_gap
         alpha = self.cfg.cql_alpha_online if self.online else self.cfg.cql_alpha
-        return td_loss, alpha * regularizer.sum() / n_rows, q.detach()
+        return td_loss, alpha * regularizer.sum() / n_rows, mean_q
 
     def actor_loss(self, batch: Batch, policy):
         """Soft actor-critic's loss alpha log pi - Q and its log pi, [B]; Q gets no gradient."""
@@ -503,7 +504,7 @@ class CalQL:
         with torch.no_grad():
             next_policy = self.actor(batch.next_observations)
         actor_loss, log_pi = self.actor_loss(batch, policy)
-        q_loss, regularizer, q = self.critic_loss(batch, policy, next_policy)
+        q_loss, regularizer, mean_q = self.critic_loss(batch, policy, next_policy)
         alpha_loss = -(self.factors["log_alpha"] * (log_pi + self.target_entropy)).mean()
         alpha = self.factors["log_alpha"].exp()
         alpha_prime = self.factors["log_alpha_prime"].exp().clamp(max=ALPHA_PRIME_MAX)
@@ -519,7 +520,7 @@ class CalQL:
         )
         self.iterations += 1
         losses = {"q_loss": q_loss, "regularizer": regularizer, "actor_loss": actor_loss}
-        means = {"q": q.mean(), "log_pi": log_pi.mean(), "alpha": alpha, "alpha_prime": alpha_prime}
+        means = {"q": mean_q, "log_pi": log_pi.mean(), "alpha": alpha, "alpha_prime": alpha_prime}
         return {k: x.detach() for k, x in {**losses, **means}.items()}
 
     def start_online(self):
@@ -546,7 +547,7 @@ class CalQL:
         self.iterations, self.online = state["iterations"], state["online"]
 
 
-# --- Evaluation# --- Evaluation ---
+# --- Evaluation ---
 
 
 class Evaluator:
