@@ -2,6 +2,7 @@
 
 DARE (Dynamic Alignment for RElease) is Algorithm 1 with Eqs. 5 to 10 and 14 on Cal-QL: this file
 is algorithms/cal_ql.py plus what is marked `# DARE`.
+
 Cal-QL is Nakamoto et al. (2023); --calibrated false --name cql runs CQL, Kumar et al. (2020).
 Online, each batch is half offline data and half online data. Equation and table numbers are the
 DARE paper's.
@@ -250,7 +251,7 @@ def convert(field: str, kind: type, value):
 
 
 def preset(env: str) -> dict:
-    """Settings of a task that differ from the defaults: Table 4."""
+    """Settings in which a task differs from the defaults."""
     family = "antmaze" if env.startswith("antmaze") else "locomotion"
     return {**PRESETS[family], **PRESETS.get(env, {})}
 

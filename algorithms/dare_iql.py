@@ -223,7 +223,7 @@ def convert(field: str, kind: type, value):
 
 
 def preset(env: str) -> dict:
-    """Settings of a task that differ from the defaults: Tables 5 and 7, App. B.1."""
+    """Settings in which a task differs from the defaults."""
     family = "antmaze" if env.startswith("antmaze") else "locomotion"
     return {**PRESETS[family], **PRESETS.get(env, {})}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cal_ql
+import dare_cql
 from cal_ql import Batch
 
 S, A = 11, 3
@@ -129,3 +130,385 @@ def test_two_updates_equal_corl(variant, request):
             norm, head = tensor.norm().item(), tensor.flatten()[:8]
             assert norm == pytest.approx(float(FILE[after + "norm"]), rel=1e-4), name
             np.testing.assert_allclose(head, FILE[after + "head"], rtol=1e-4, atol=2e-6)
+
+
+# --- Networks ---
+
+
+def test_batched_twins_are_two_networks():
+    torch.manual_seed(0)
+    qf = cal_ql.TwinQ(S, A, 16, 3)
+    qf.standardize.mean.normal_()
+    qf.standardize.std.uniform_(0.5, 2.0)
+    for bias in qf.biases:
+        bias.data.normal_()
+    state, action = torch.randn(5, 1, S).expand(-1, 7, -1), torch.randn(5, 7, A)
+    both = qf.both(state, action)
+    assert both.shape == (2, 5, 7) and len(qf.weights) == 4
+    x = torch.cat([(state - qf.standardize.mean) / qf.standardize.std, action], -1)
+    for k in range(2):
+        h = x
+        for i in range(4):
+            h = (h.relu() if i else h) @ qf.weights[i][k] + qf.biases[i][k]
+        torch.testing.assert_close(both[k], h.squeeze(-1))
+    torch.testing.assert_close(qf(state, action), torch.minimum(*both))
+    assert not torch.allclose(*both)
+
+
+def test_initial_weights_are_orthogonal_with_gain_sqrt_2():
+    torch.manual_seed(0)
+    agent = cal_ql.CalQL(S, A, cal_ql.Config(hidden_dim=32), "cpu")
+    layers = [w[k] for w in agent.qf.weights for k in range(2)]
+    layers += [m.weight.T for m in agent.actor.net.net[::2]]
+    assert len(layers) == 2 * 4 + 4
+    for w in layers:
+        w = w if w.shape[0] <= w.shape[1] else w.T
+        torch.testing.assert_close(w @ w.T, 2.0 * torch.eye(len(w)), atol=1e-5, rtol=0)
+    biases = [*agent.qf.biases, *(m.bias for m in agent.actor.net.net[::2])]
+    assert all((b == 0).all() for b in biases)
+
+
+def test_draws_have_the_density_of_a_squashed_gaussian():
+    torch.manual_seed(0)
+    mean, log_std = torch.randn(6, A), torch.randn(6, A) - 0.5
+    actions, log_prob = cal_ql.draw(mean, log_std, 4)
+    assert actions.shape == (6, 4, A) and log_prob.shape == (6, 4)
+    normal = torch.distributions.Normal(mean[:, None].double(), log_std[:, None].double().exp())
+    squashed = torch.distributions.TransformedDistribution(
+        normal, torch.distributions.TanhTransform()
+    )
+    inside = (actions.abs() < 0.999).all(-1)  # atanh is exact enough here
+    expected = squashed.log_prob(actions.double().clamp(-0.9999999, 0.9999999)).sum(-1)
+    assert inside.float().mean() > 0.5
+    torch.testing.assert_close(log_prob[inside], expected[inside].float(), rtol=1e-3, atol=1e-3)
+    far, log_far = cal_ql.draw(torch.full((1, A), 60.0), torch.zeros(1, A))
+    assert (far == 1).all() and log_far.isfinite().all()
+
+
+def test_standardized_networks_see_standardized_data():
+    """As CORL, which standardizes the data instead."""
+    dataset = {"observations": np.random.default_rng(0).normal(3.0, 5.0, (500, S)).astype("f4")}
+    cfg = cal_ql.Config(env="hopper-medium-v2", hidden_dim=8)
+    mean, std = cal_ql.observation_statistics(dataset, cfg)
+    np.testing.assert_allclose(mean, dataset["observations"].mean(0))
+    np.testing.assert_allclose(std, dataset["observations"].std(0) + 1e-3)
+    agents = []
+    for standardize in (True, False):
+        torch.manual_seed(0)
+        agents.append(cal_ql.CalQL(S, A, cfg, "cpu"))
+        if standardize:
+            agents[-1].standardize(mean, std)
+    raw = batch_of(4, cfg)
+    scaled = [(x - torch.from_numpy(mean)) / torch.from_numpy(std) for x in (raw[0], raw[3])]
+    scaled = raw._replace(observations=scaled[0], next_observations=scaled[1])
+    metrics = []
+    for agent, batch in zip(agents, (raw, scaled), strict=True):
+        torch.manual_seed(1)
+        metrics.append([agent.update(batch) for _ in range(3)][-1])
+    torch.testing.assert_close(*metrics)
+    antmaze = cal_ql.Config(env="antmaze-umaze-v2", normalize=False)
+    mean, std = cal_ql.observation_statistics(dataset, antmaze)
+    assert (mean == 0).all() and (std == 1).all()
+
+
+# --- Losses ---
+
+B, N_OFFLINE = 8, 5
+
+
+def config(module=cal_ql, **settings):
+    sizes = {"hidden_dim": 16, "batch_size": B, "mixing_ratio": N_OFFLINE / B, "discount": 0.9}
+    return module.Config(env="hopper-medium-v2", **{**sizes, **settings})
+
+
+def batch_of(n, cfg=None, seed=1, mc_returns=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    s, a, r, s2 = (torch.randn(n, k, generator=generator) for k in (S, A, 1, S))
+    done = (torch.arange(n) % 3 == 1).float()
+    return Batch(s, a.tanh(), r.squeeze(1), s2, done, torch.full((n,), mc_returns))
+
+
+def agent_of(cfg, module=cal_ql, online=False):
+    torch.manual_seed(0)
+    agent = module.CalQL(S, A, cfg, "cpu")
+    for parameter in agent.q_target.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    agent.online = online
+    return agent
+
+
+def terms(agent, batch, seed=5):
+    """TD term, alpha R and mean Q."""
+    torch.manual_seed(seed)
+    policy = agent.actor(batch.observations)
+    with torch.no_grad():
+        next_policy = agent.actor(batch.next_observations)
+    return agent.critic_loss(batch, policy, next_policy)
+
+
+@pytest.mark.parametrize("best_of", [1, 10])
+def test_td_target_by_hand(best_of):
+    agent = agent_of(config(cql_max_target_backup=best_of > 1))
+    batch = batch_of(B)
+    policy = [x.detach() for x in agent.actor(batch.next_observations)]
+    torch.manual_seed(3)
+    found = agent.td_target(batch, policy)
+    torch.manual_seed(3)
+    actions, _ = cal_ql.draw(*policy, best_of)
+    for i in range(B):
+        q = [agent.q_target.both(batch.next_observations[i : i + 1], a[None]) for a in actions[i]]
+        value = max(min(x.flatten().tolist()) for x in q)
+        expected = batch.rewards[i] + 0.9 * (1 - batch.terminals[i]) * value
+        assert found[i].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_regularizer_is_the_importance_weighted_logsumexp():
+    """By a plain loop; the mean over 3 x 10 actions of exp(Q) / density up to log 30."""
+    agent, batch = agent_of(config(calibrated=False, cql_temp=0.7)), batch_of(B)
+    q = agent.qf.both(batch.observations, batch.actions)
+    with torch.no_grad():
+        policies = agent.actor(batch.observations), agent.actor(batch.next_observations)
+    torch.manual_seed(4)
+    found = agent.conservative_regularizer(batch, q, *policies)
+    torch.manual_seed(4)
+    kinds = [(2 * torch.rand(B, 10, A) - 1, torch.full((B, 10), A * math.log(0.5)))]
+    kinds += [cal_ql.draw(*policy, 10) for policy in policies]
+    for i in range(B):
+        exponents = [[], []]
+        for actions, log_density in kinds:
+            for action, log_p in zip(actions[i], log_density[i], strict=True):
+                twins = agent.qf.both(batch.observations[i : i + 1], action[None]).flatten()
+                for k in range(2):
+                    exponents[k].append((twins[k] - log_p).item() / 0.7)
+        for k in range(2):
+            soft_max = 0.7 * math.log(sum(math.exp(x) for x in exponents[k]))
+            assert found[k, i].item() == pytest.approx(soft_max - q[k, i].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, online, bounded",
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"calibrated_online": True}, True, True),
+        ({"calibrated": False}, False, False),
+        ({"calibrated": False, "calibrated_online": True}, True, False),
+    ],
+)
+def test_calibration_bounds_the_policys_q_by_the_return(settings, online, bounded):
+    """With a return above every Q, R no longer pushes the policy's actions down."""
+    agent = agent_of(config(**settings), online=online)
+    low, high = (terms(agent, batch_of(B, mc_returns=x))[1] for x in (-math.inf, 50.0))
+    assert (high > low + 100) if bounded else torch.equal(high, low)
+    if bounded:  # logsumexp over 20 bounded values near 50: the gradient of R is the data's alone
+        parameters = list(agent.qf.parameters())
+        q = agent.qf.both(batch_of(B).observations, batch_of(B).actions)
+        expected = torch.autograd.grad(-10.0 * q.sum() / B, parameters)
+        torch.testing.assert_close(torch.autograd.grad(high, parameters), expected)
+
+
+def test_regularizer_is_clipped_from_below():
+    agent, batch = agent_of(config(cql_clip_diff_min=1e3, calibrated=False)), batch_of(B)
+    regularizer = terms(agent, batch)[1]
+    assert regularizer.item() == pytest.approx(10.0 * 2 * 1e3)
+    gradients = torch.autograd.grad(regularizer, list(agent.qf.parameters()))
+    assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("gap, rises", [(-1e3, True), (1e3, False)])
+def test_lagrange_multiplier_rises_above_the_gap_and_falls_below(gap, rises):
+    agent = agent_of(config(cql_lagrange=True, cql_target_action_gap=gap))
+    before = agent.factors["log_alpha_prime"].item()
+    metrics = agent.update(batch_of(B))
+    assert metrics["alpha_prime"].item() == pytest.approx(math.e)
+    assert (agent.factors["log_alpha_prime"].item() > before) == rises
+    plain = agent_of(config())
+    assert plain.update(batch_of(B))["alpha_prime"] == 1
+    assert plain.factors["log_alpha_prime"].item() == 0
+
+
+def test_online_weight_of_the_regularizer_is_its_own():
+    cfg = config(cql_alpha=10.0, cql_alpha_online=2.5, calibrated=False)
+    found = [terms(agent_of(cfg, online=online), batch_of(B))[1] for online in (False, True)]
+    assert found[0].item() == pytest.approx(4 * found[1].item())
+
+
+def test_each_network_gets_the_gradient_of_its_own_loss_alone():
+    agent, batch = agent_of(config(cql_lagrange=True, cql_target_action_gap=0.8)), batch_of(B)
+    torch.manual_seed(9)
+    policy = agent.actor(batch.observations)
+    with torch.no_grad():
+        next_policy = agent.actor(batch.next_observations)
+    actor_loss, log_pi = agent.actor_loss(batch, policy)
+    actor, critics = list(agent.actor.parameters()), list(agent.qf.parameters())
+    of_actor = torch.autograd.grad(actor_loss, actor, retain_graph=True)
+    td_loss, regularizer, _ = agent.critic_loss(batch, policy, next_policy)
+    of_critics = torch.autograd.grad(td_loss + math.e * regularizer, critics, retain_graph=True)
+    assert torch.autograd.grad(actor_loss, critics, allow_unused=True) == (None,) * len(critics)
+    of_temperature = -(log_pi.mean() - A)
+    of_multiplier = -0.5 * math.e * regularizer
+    torch.manual_seed(9)
+    agent.update(batch)
+    torch.testing.assert_close([p.grad for p in actor], list(of_actor))
+    torch.testing.assert_close([p.grad for p in critics], list(of_critics))
+    factors = agent.factors
+    torch.testing.assert_close(factors["log_alpha"].grad, of_temperature)
+    torch.testing.assert_close(factors["log_alpha_prime"].grad, of_multiplier.detach())
+
+
+# --- Eq. 14 ---
+
+
+def gradients_by_row(agent, batch, term):
+    """Size of the gradient with respect to Q(s, a) of each row of the batch, [B]."""
+    actions = batch.actions.clone().requires_grad_()
+    states = batch.observations.clone().requires_grad_()
+    loss = terms(agent, batch._replace(actions=actions, observations=states))[term]
+    return sum(g.abs().sum(-1) for g in torch.autograd.grad(loss, [actions, states]))
+
+
+@pytest.mark.parametrize("lagrange", [False, True])
+def test_eq_14_has_r_on_offline_like_rows_and_td_on_all(lagrange):
+    cfg = config(dare_cql, cql_lagrange=lagrange)
+    agent, batch = agent_of(cfg, dare_cql, online=True), batch_of(B)
+    of_td, of_r = (gradients_by_row(agent, batch, term) for term in (0, 1))
+    assert (of_td > 0).all()
+    assert (of_r[:N_OFFLINE] > 0).all() and (of_r[N_OFFLINE:] == 0).all()
+
+
+def test_eq_14_divides_by_the_whole_batch():
+    """R of Eq. 14 is the sum of R over the offline-like rows over the size of the batch."""
+    agent, batch = agent_of(config(dare_cql), dare_cql, online=True), batch_of(B)
+    found = terms(agent, batch)
+    alone = Batch(*(x[:N_OFFLINE] for x in batch))
+    q = agent.qf.both(alone.observations, alone.actions)
+    torch.manual_seed(5)
+    torch.randn(B, 1, A)  # the target's action comes first
+    policy, next_policy = agent.actor(alone.observations), agent.actor(alone.next_observations)
+    expected = agent.conservative_regularizer(alone, q, policy, next_policy)
+    torch.testing.assert_close(found[1], 10.0 * expected.sum() / B)
+    baseline = terms(agent_of(config(), online=True), batch)
+    torch.testing.assert_close(found[0], baseline[0])  # the TD term is Cal-QL's
+    torch.testing.assert_close(found[2], baseline[2])
+    assert found[1] < baseline[1]
+
+
+@pytest.mark.parametrize("online_loss, online", [("none", True), ("td", False), ("none", False)])
+def test_elsewhere_dare_c_is_cal_ql(online_loss, online):
+    batch = batch_of(B, mc_returns=0.3)
+    agents = [
+        agent_of(config(dare_cql, online_loss=online_loss), dare_cql, online),
+        agent_of(config(), cal_ql, online),
+    ]
+    for _ in range(2):
+        metrics = []
+        for agent in agents:
+            torch.manual_seed(2)
+            metrics.append(agent.update(batch))
+        assert metrics[0].keys() == metrics[1].keys()
+        assert all(torch.equal(metrics[0][k], metrics[1][k]) for k in metrics[0])
+
+
+# --- Rewards and returns ---
+
+
+def dataset_of(episodes, gaps=()):
+    """Episodes of rewards; a trailing "T" is a terminal. Rows follow on without a gap otherwise."""
+    rewards, terminals, first, n = [], [], [], 0
+    for episode in episodes:
+        terminal = episode[-1] == "T"
+        values = episode[: len(episode) - terminal]
+        first.append(n)
+        n += len(values)
+        rewards += values
+        terminals += [False] * (len(values) - 1) + [terminal]
+    states = np.arange(2.0 * n, dtype=np.float32).reshape(n, 2)
+    next_states = states + 2
+    for k in gaps:  # the state behind the last row of episode k is not the next row
+        next_states[first[k + 1] - 1] += 0.5
+    return {
+        "observations": states,
+        "next_observations": next_states,
+        "rewards": np.array(rewards, np.float32),
+        "terminals": np.array(terminals),
+    }
+
+
+def test_returns_of_hand_made_episodes():
+    """A terminal, a time-out (a gap), a break that neither flag shows, and a cut last episode."""
+    dataset = dataset_of([[1, 2, 4, "T"], [1, 1], [8], [2, 3]], gaps=[1, 2])
+    found = cal_ql.monte_carlo_returns(dataset, config(discount=0.5))
+    np.testing.assert_allclose(found, [3, 4, 4, 1.5, 1, 8, 3.5, 3])
+
+
+def test_returns_of_a_sparse_reward():
+    """Failure throughout: r / (1 - gamma) in every row, whether cut by a gap or by the end."""
+    episodes = [[-5, -5, 5, "T"], [-5, -5, -5], [-5, 5, -5], [-5, -5]]
+    dataset = dataset_of(episodes, gaps=[1, 2])
+    cfg = cal_ql.Config(discount=0.5, is_sparse_reward=True, reward_bias=-5.0)
+    found = cal_ql.monte_carlo_returns(dataset, cfg)
+    expected = [-5 - 2.5 + 1.25, -2.5, 5, -10, -10, -10, -5 + 2.5 - 1.25, 2.5, -5, -10, -10]
+    np.testing.assert_allclose(found, expected)
+    dense = cal_ql.monte_carlo_returns(dataset, config(discount=0.5))
+    np.testing.assert_allclose(dense[3:6], [-8.75, -7.5, -5])
+
+
+@pytest.mark.parametrize("reward_bias", [-5.0, -0.1, 0.0])
+def test_failure_is_seen_after_the_rewards_were_rounded(reward_bias):
+    dataset = dataset_of([[0, 0, 0]])
+    cfg = cal_ql.Config(discount=0.9, is_sparse_reward=True, reward_bias=reward_bias)
+    scale, bias = cal_ql.reward_transform(dataset, cfg)
+    dataset["rewards"] = dataset["rewards"] * scale + bias
+    found = cal_ql.monte_carlo_returns(dataset, cfg)
+    np.testing.assert_allclose(found, [reward_bias / 0.1] * 3, rtol=1e-5, atol=1e-12)
+
+
+def test_returns_equal_the_definition():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 60, 30)
+    episodes = [rng.normal(size=n).tolist() + ["T"] * rng.integers(2) for n in lengths]
+    dataset = dataset_of(episodes, gaps=range(29))
+    found = cal_ql.monte_carlo_returns(dataset, config(discount=0.97))
+    expected = []
+    for episode in np.split(dataset["rewards"].astype(float), np.cumsum(lengths)[:-1]):
+        n = len(episode)
+        expected += [sum(0.97 ** (j - i) * episode[j] for j in range(i, n)) for i in range(n)]
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_online_returns_are_filled_in_when_an_episode_ends():
+    cfg = config(discount=0.5)
+    buffer = cal_ql.ReplayBuffer(S, A, 20, "cpu")
+
+    def add(*rewards):
+        for reward in rewards:
+            row = np.zeros(S), np.zeros(A), [reward], np.zeros(S), [False], [cal_ql.UNFINISHED]
+            buffer.add(*([x] for x in row))
+
+    add(1, 2, 4)
+    assert buffer.batch(buffer.rows[:3]).mc_returns.tolist() == [-math.inf] * 3
+    cal_ql.finish_episode(buffer, cfg)
+    assert buffer.batch(buffer.rows[:3]).mc_returns.tolist() == [3, 4, 4]
+    add(1)
+    cal_ql.finish_episode(buffer, cfg)
+    add(8, 2)
+    assert buffer.batch(buffer.rows[:6]).mc_returns.tolist()[3:] == [1, -math.inf, -math.inf]
+    # A row that waits for its return has no bound: R is finite.
+    agent = agent_of(config(calibrated_online=True), online=True)
+    assert terms(agent, buffer.batch(buffer.rows[:6]))[1].isfinite()
+    cal_ql.finish_episode(buffer, cfg)
+    assert buffer.batch(buffer.rows[:6]).mc_returns.tolist() == [3, 4, 4, 1, 9, 2]
+
+
+@pytest.mark.parametrize(
+    "env, settings, expected",
+    [
+        ("hopper-medium-v2", [], (1.0, 0.0)),
+        ("hopper-medium-v2", ["--normalize_reward", "true"], (1000 / 9, 0.0)),
+        ("antmaze-umaze-v2", [], (10.0, -5.0)),
+    ],
+)
+def test_reward_transform(env, settings, expected):
+    cfg = cal_ql.Parser(cal_ql.Config).parse_args(["--env", env, *settings])
+    dataset = dataset_of([[1, 2, 4, "T"], [8, 8], [8]], gaps=[1])
+    assert cal_ql.reward_transform(dataset, cfg) == pytest.approx(expected)

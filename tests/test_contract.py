@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import itertools
 import sys
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = sorted((REPOSITORY / "algorithms").glob("*.py"))
+NAMES = [path.name for path in SCRIPTS]
 DIFFUSION = sorted((REPOSITORY / "diffusion").glob("*.py"))
 PACKAGES = ["d4rl_gymnasium", "diffusion"]
 # Baseline, variant, the mark of a hunk
-PAIRS = [("iql.py", "dare_iql.py", "# DARE")]
+PAIRS = [("iql.py", "dare_iql.py", "# DARE"), ("cal_ql.py", "dare_cql.py", "# DARE")]
+# Definitions of one name that are another thing in each group of methods
+OF_THE_GROUP = {"Config", "Batch", "TwinQ", "reward_transform", "fine_tune", "main"}
 MAX_HUNKS, MAX_DELETED, MAX_FUNCTION, MAX_DIFFUSION = 10, 5, 45, 480
 
 
@@ -48,6 +52,46 @@ def test_the_variant_has_the_sections_of_its_baseline(baseline, variant, mark):
     assert [x for x in of_variant if x in of_baseline] == of_baseline
 
 
+def section(name, rail):
+    """Lines of one section of a script."""
+    lines = lines_of(name)
+    start = lines.index(rail)
+    ends = [i for i in range(start + 1, len(lines)) if lines[i] in rails(lines)]
+    return lines[start : ends[0]]
+
+
+def test_the_exchange_is_the_same_text_in_both_dare_scripts():
+    rail = "# --- Alignment and exchange (DARE) ---"
+    of_iql, of_cql = section("dare_iql.py", rail), section("dare_cql.py", rail)
+    assert len(of_iql) > 200
+    assert of_iql == of_cql
+
+
+def definitions(name):
+    """Text of every function and class at the top of a script, with its decorators."""
+    lines, found = lines_of(name), {}
+    for node in ast.parse("\n".join(lines)).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            found[node.name] = lines[first - 1 : node.end_lineno]
+    return found
+
+
+@pytest.mark.parametrize("first, second", list(itertools.combinations(NAMES, 2)))
+def test_a_shared_definition_is_the_same_text(first, second):
+    of_first, of_second = definitions(first), definitions(second)
+    shared = of_first.keys() & of_second.keys()
+    assert {"Parser", "ReplayBuffer", "MLP", "Evaluator", "Run", "cached", "TrainingEnv"} <= shared
+    of_one_method = {"Config", "fine_tune"}  # a method's own settings and its loop
+    of_one_method |= {"ImplicitQLearning", "CalQL"}  # and its losses
+    if {first, second} in [set(pair[:2]) for pair in PAIRS]:
+        excepted = of_one_method
+    else:
+        excepted = of_one_method | OF_THE_GROUP
+    differing = {name for name in shared if of_first[name] != of_second[name]}
+    assert differing <= excepted
+
+
 def functions(path):
     """Name and length in lines of every function of a file, decorators not counted."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -80,7 +124,7 @@ def test_scripts_stand_alone(path):
     """A script may use the two packages, and neither another script nor any other file here."""
     folders = ["", "algorithms", "tests", "results", *PACKAGES]
     local = {p.stem for folder in folders for p in (REPOSITORY / folder).glob("[!.]*")}
-    assert {"iql", "dare_iql", "tests", "algorithms"} <= local
+    assert {"iql", "dare_iql", "cal_ql", "dare_cql", "tests", "algorithms"} <= local
     assert not set(imported(path)) & (local - set(PACKAGES) - set(sys.stdlib_module_names))
     calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
     called = {ast.unparse(n.func) for n in calls}
