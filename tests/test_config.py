@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import cal_ql
+import dare_cql
 import dare_iql
 import iql
 
@@ -84,6 +86,39 @@ CHOSEN = {
 }
 
 
+# Table 4, and App. B.1 for n; target backup and sparse reward are of the second family alone.
+TABLE_4 = {
+    "batch_size": [256, 256],
+    "discount": [0.99, 0.99],
+    "reward_scale": [1.0, 10.0],
+    "reward_bias": [0.0, -5.0],
+    "normalize": [True, False],
+    "is_sparse_reward": [False, True],
+    "policy_lr": [1e-4, 1e-4],
+    "qf_lr": [3e-4, 3e-4],
+    "tau": [0.005, 0.005],
+    "cql_alpha": [10.0, 5.0],
+    "cql_alpha_online": [10.0, 5.0],
+    "cql_lagrange": [False, True],
+    "cql_temp": [1.0, 1.0],
+    "cql_target_action_gap": [-1.0, 0.8],
+    "cql_max_target_backup": [False, True],
+    "cql_clip_diff_min": [-200.0, -200.0],
+    "q_n_hidden_layers": [3, 5],
+    "hidden_dim": [256, 256],
+    "max_exchange": [32.0, 32.0],
+    # Sources other than the paper: CORL, and what DARE-I has by family.
+    "cql_n_actions": [10, 10],
+    "policy_n_hidden_layers": [3, 3],
+    "calibrated": [True, True],
+    "calibrated_online": [False, False],
+    "normalize_reward": [False, False],
+    "online_loss": ["td", "td"],
+    "n_episodes": [10, 100],
+    "n_support": [16, 32],
+}
+
+
 def parse(*args, script=dare_iql):
     return script.Parser(script.Config, allow_abbrev=False).parse_args(list(args))
 
@@ -103,8 +138,38 @@ def test_resolved_settings_are_those_of_the_tables(env, guidance_scale):
     assert of_iql == {k: resolved[k] for k in of_iql}
 
 
+@pytest.mark.parametrize(
+    "env, guidance_scale", list(zip(ENVS_OF_THE_PAPER, GUIDANCE_SCALES, strict=True))
+)
+def test_resolved_settings_of_the_cql_group(env, guidance_scale):
+    resolved = dataclasses.asdict(parse("--env", env, script=dare_cql))
+    expected = {k: x[env.startswith("antmaze")] for k, x in TABLE_4.items()} | TEXT
+    expected |= {k: x for k, x in CHOSEN.items() if k in resolved and k not in TABLE_4}
+    expected |= {"guidance_scale": guidance_scale, "env": env}
+    assert {k: resolved[k] for k in expected} == expected
+    of_cal_ql = dataclasses.asdict(parse("--env", env, script=cal_ql)) | {"name": "dare_cql"}
+    assert of_cal_ql == {k: resolved[k] for k in of_cal_ql}
+
+
+@pytest.mark.parametrize("script", [dare_iql, dare_cql])
+def test_the_cache_key_of_the_offline_agent_is_complete(script):
+    """Every setting is in it, changes nothing offline, or acts on the data, which is in it too."""
+    of_data = {"data", "regenerated_size", "reward_scale", "reward_bias", "is_sparse_reward"}
+    of_machine = {"device", "threads", "runs_dir", "name", "wandb", "project", "log_freq"}
+    online = {"checkpoint_freq", "eval_freq", "utd", "mixing_ratio", "online_iterations"}
+    online |= {"initial_collection_steps", "calibrated_online", "cql_alpha_online"}
+    fields = [f.name for f in dataclasses.fields(script.Config)]
+    of_dare = set(fields[fields.index("exchange") :])
+    keyed = set(script.OFFLINE_FIELDS)
+    rest = set(fields) - keyed - of_data - of_machine - online - of_dare
+    if script is dare_cql:
+        rest -= {"normalize_reward"}  # in the rewards of the data
+    assert not rest and keyed <= set(fields) and "discount" in keyed
+
+
 def test_defaults_are_those_of_the_default_task():
-    assert parse() == parse("--env", "antmaze-umaze-v2")
+    for script in (iql, dare_iql, cal_ql, dare_cql):
+        assert parse(script=script) == parse("--env", "antmaze-umaze-v2", script=script)
     assert parse().env == "antmaze-umaze-v2"
 
 
@@ -247,10 +312,11 @@ def test_help_shows_every_field_with_its_comment(wide_terminal):
         assert comment and f"--{name} {kinds[name]} {comment} (default: " in described, name
 
 
-def test_help_of_the_baseline(capsys, wide_terminal):
+@pytest.mark.parametrize("script", [iql, cal_ql, dare_cql])
+def test_help_of_the_other_scripts(capsys, wide_terminal, script):
     with pytest.raises(SystemExit) as stop:
-        parse("--help", script=iql)
+        parse("--help", script=script)
     assert not stop.value.code
     described = " ".join(capsys.readouterr().out.split())
-    for name, comment in commented_fields(iql).items():
+    for name, comment in commented_fields(script).items():
         assert comment and f" {comment} (default: " in described, name

@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
 from filelock import FileLock
 
+import cal_ql
+import dare_cql
 import dare_iql
 import iql
 
@@ -26,9 +30,52 @@ TRUNK = f"""--env {ENV} --data {DATA} --wandb disabled --device cpu --hidden_dim
 DARE = """--behavior_iterations 50 --behavior_batch_size 32 --behavior_width 8 --energy_hidden 8
     --energy_iterations 20 --energy_batch_size 16 --n_support 2 --n_support_states 50
     --diffusion_steps 2""".split()
-IQL_COLUMNS = ["value_loss", "q_loss", "actor_loss", "q", "v"]
 DARE_COLUMNS = """exchanged tau mu_offline mu_online sigma_offline sigma_online
     energy_loss""".split()
+
+
+class Group(NamedTuple):
+    """A baseline, DARE on it, and what differs between the groups."""
+
+    baseline: ModuleType
+    dare: ModuleType
+    agent: str  # class of the agent
+    networks: list  # its parts with weights
+    columns: list  # of train.csv: losses and means that vary
+    learning_rates: list  # online
+    settings: list  # two settings other than the tiny run's, in the order of Config
+
+    @property
+    def method(self):
+        """Kind of the cached offline agent."""
+        return self.baseline.__name__
+
+
+GROUPS = [
+    Group(
+        iql,
+        dare_iql,
+        "ImplicitQLearning",
+        ["qf", "vf", "actor", "q_target"],
+        ["value_loss", "q_loss", "actor_loss", "q", "v"],
+        [3e-4] * 3,
+        ["--beta", "5", "--sac_alpha", "0.1"],
+    ),
+    Group(
+        cal_ql,
+        dare_cql,
+        "CalQL",
+        ["qf", "actor", "q_target", "factors"],
+        ["q_loss", "regularizer", "actor_loss", "q", "log_pi", "alpha"],
+        [3e-4, 1e-4, 1e-4, 3e-4],
+        ["--cql_temp", "0.5", "--max_exchange", "7"],
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=GROUPS, ids=lambda group: group.method)
+def group(request):
+    return request.param
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,31 +87,32 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def arguments(runs_dir, *more, script=dare_iql):
+def arguments(runs_dir, script, *more):
     """Command line of a tiny run; `more` overrides."""
-    return [*TRUNK, *(DARE if script is dare_iql else []), "--runs_dir", str(runs_dir), *more]
+    is_dare = script.__name__.startswith("dare")
+    return [*TRUNK, *(DARE if is_dare else []), "--runs_dir", str(runs_dir), *more]
 
 
-def run(runs_dir, *more, script=dare_iql):
+def run(runs_dir, script, *more):
     """A script's main in this process, which afterwards has its signal handlers and locks back."""
     names = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.getsignal(name) for name in names]
     try:
-        script.main(arguments(runs_dir, *more, script=script))
+        script.main(arguments(runs_dir, script, *more))
     finally:
         for name, handler in zip(names, handlers, strict=True):
             signal.signal(name, handler)
-    return directory(runs_dir, Path(script.__file__).stem)
+    return directory(runs_dir, script)
 
 
-def directory(runs_dir, name="dare_iql"):
-    return Path(runs_dir, name, ENV, "seed_0")
+def directory(runs_dir, script):
+    return Path(runs_dir, script.__name__, ENV, "seed_0")
 
 
-def last_line(runs_dir, *more, script=dare_iql):
+def last_line(runs_dir, script, *more):
     """The one line with which a run ends early."""
     try:
-        run(runs_dir, *more, script=script)
+        run(runs_dir, script, *more)
     except SystemExit as stop:
         message = stop.code
     else:
@@ -116,15 +164,15 @@ def assert_same_end(path, expected):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Directory of a DARE-I run that nothing interrupted, with a runs_dir and cache of its own."""
-    return run(tmp_path_factory.mktemp("finished"))
+def finished(group, tmp_path_factory):
+    """Directory of a DARE run that nothing interrupted, with a runs_dir and cache of its own."""
+    return run(tmp_path_factory.mktemp("finished"), group.dare)
 
 
 @pytest.fixture(scope="module")
-def baseline(tmp_path_factory):
-    """Directory of a finished IQL run, with a runs_dir and cache of its own."""
-    return run(tmp_path_factory.mktemp("baseline"), script=iql)
+def baseline(group, tmp_path_factory):
+    """Directory of a finished run of the baseline, with a runs_dir and cache of its own."""
+    return run(tmp_path_factory.mktemp("baseline"), group.baseline)
 
 
 @pytest.fixture
@@ -151,11 +199,12 @@ def test_files_of_a_finished_run(finished):
     assert 61 <= n_states <= 200 and shape == [2, 3]
 
 
-def test_fine_tuning_uses_the_online_losses_and_a_constant_rate(finished, baseline):
+def test_fine_tuning_uses_the_online_losses_and_a_constant_rate(group, finished, baseline):
     for path in (finished, baseline):
         agent = checkpoint(path)["agent"]
         assert agent["online"] is True
-        assert [g["lr"] for g in agent["optimizer"]["param_groups"]] == [3e-4] * 3
+        rates = [g["lr"] for g in agent["optimizer"]["param_groups"]]
+        assert rates == group.learning_rates
 
 
 def test_eval_csv(finished):
@@ -172,18 +221,36 @@ def test_eval_csv(finished):
     assert found[1]["return_mean"] == found[2]["return_mean"] != found[3]["return_mean"]
 
 
-def test_train_csv(finished):
-    assert {"steps_per_second", *IQL_COLUMNS, *DARE_COLUMNS} <= set(rows(finished, "train")[0])
+def test_train_csv(group, finished):
+    assert {"steps_per_second", *group.columns, *DARE_COLUMNS} <= set(rows(finished, "train")[0])
     for phase in ("offline", "online"):
         found = rows(finished, "train", phase)
         assert [int(r["step"]) for r in found] == list(range(25, 201, 25))
         for row in found:
             updated = phase == "offline" or int(row["step"]) > 60
             assert float(row["steps_per_second"]) > 0
-            assert all((row[k] != "") == updated for k in IQL_COLUMNS)
+            assert all((row[k] != "") == updated for k in group.columns)
             assert all((row[k] != "") == (updated and phase == "online") for k in DARE_COLUMNS)
     exchanged = [float(r["exchanged"]) for r in found if r["exchanged"]]
     assert 0 <= min(exchanged) < max(exchanged) <= 16
+
+
+@pytest.mark.parametrize("group", GROUPS[1:], indirect=True, ids=["cal_ql"])
+def test_monte_carlo_returns_of_the_online_buffer(finished):
+    """An episode's returns are there once it has ended, interrupted or not; the last one waits."""
+    found = checkpoint(finished)["online_buffer"]["rows"]
+    buffer = cal_ql.ReplayBuffer(11, 3, len(found), "cpu")
+    buffer.load_state_dict({"rows": found})
+    batch = buffer.batch(found)
+    dataset = {k: x.numpy() for k, x in batch._asdict().items()}
+    dataset["terminals"] = dataset["terminals"].astype(bool)
+    starts = cal_ql.episode_starts(dataset)
+    cfg = cal_ql.Config(env=ENV)
+    expected = torch.from_numpy(cal_ql.monte_carlo_returns(dataset, cfg)).float()
+    ended = starts[-1] if not dataset["terminals"][-1] else len(found)
+    assert len(starts) > 5 and 0 < ended < len(found)
+    torch.testing.assert_close(batch.mc_returns[:ended], expected[:ended])
+    assert (batch.mc_returns[ended:] == cal_ql.UNFINISHED).all()
 
 
 def test_summary(finished):
@@ -194,9 +261,9 @@ def test_summary(finished):
     assert summary["best"] == max(scores)
 
 
-def test_a_finished_run_is_not_started_again(finished):
+def test_a_finished_run_is_not_started_again(group, finished):
     before = {p: p.read_bytes() for p in finished.iterdir()}
-    message = last_line(finished.parents[2])
+    message = last_line(finished.parents[2], group.dare)
     assert message.startswith(f"error: {finished} is finished")
     assert {p: p.read_bytes() for p in finished.iterdir()} == before
 
@@ -204,33 +271,34 @@ def test_a_finished_run_is_not_started_again(finished):
 # --- The baseline and the cache ---
 
 
-def test_dare_without_exchange_and_online_loss_is_iql(baseline, tmp_path):
-    path = run(tmp_path, "--exchange", "none", "--online_loss", "none")
+def test_dare_without_exchange_and_online_loss_is_its_baseline(group, baseline, tmp_path):
+    path = run(tmp_path, group.dare, "--exchange", "none", "--online_loss", "none")
     assert_same_end(path, baseline)
     for found, expected in zip(rows(path, "train"), rows(baseline, "train"), strict=True):
-        assert all(found[k] == expected[k] for k in ["phase", "step", *IQL_COLUMNS])
+        assert all(found[k] == expected[k] for k in ["phase", "step", *group.columns])
 
 
-def test_the_methods_share_the_offline_agent(finished, baseline, cached_runs, capsys):
-    path = run(cached_runs, script=iql)
-    assert "cache hit: iql from" in capsys.readouterr().out
-    # From the cache IQL goes the way that it goes alone, and where DARE-I started.
+def test_the_methods_share_the_offline_agent(group, finished, baseline, cached_runs, capsys):
+    path = run(cached_runs, group.baseline)
+    assert f"cache hit: {group.method} from" in capsys.readouterr().out
+    # From the cache the baseline goes the way that it goes alone, and where DARE started.
     assert_same_end(path, baseline)
     scores = [rows(p, "eval", "online")[0]["normalized_score"] for p in (path, finished)]
     assert scores[0] == scores[1]
     assert rows(path, "eval", "offline") == rows(finished, "eval", "offline")
 
 
-def test_a_cache_hit_changes_no_result(finished, cached_runs, capsys):
-    path = run(cached_runs)
+def test_a_cache_hit_changes_no_result(group, finished, cached_runs, capsys):
+    path = run(cached_runs, group.dare)
     output = capsys.readouterr().out
-    assert all(f"cache hit: {kind} from" in output for kind in ("iql", "behavior", "support"))
+    for kind in (group.method, "behavior", "support"):
+        assert f"cache hit: {kind} from" in output
     assert_same_end(path, finished)
 
 
 @pytest.mark.parametrize("name", ["behavior_model", "offline_support"])
-def test_behavior_seed_does_not_reach_the_draws_of_the_run(monkeypatch, cached_runs, name):
-    function, states = getattr(dare_iql, name), []
+def test_behavior_seed_does_not_reach_the_draws_of_the_run(monkeypatch, group, cached_runs, name):
+    function, states = getattr(group.dare, name), []
 
     def watched(*args):
         states.append(torch.get_rng_state())
@@ -238,27 +306,55 @@ def test_behavior_seed_does_not_reach_the_draws_of_the_run(monkeypatch, cached_r
         states.append(torch.get_rng_state())
         return result
 
-    monkeypatch.setattr(dare_iql, name, watched)
-    run(cached_runs, "--online_iterations", "0", "--behavior_seed", "1")
+    monkeypatch.setattr(group.dare, name, watched)
+    run(cached_runs, group.dare, "--online_iterations", "0", "--behavior_seed", "1")
     assert len(states) == 2 and torch.equal(*states)
 
 
-def test_other_offline_settings_miss_the_cache(cached_runs, capsys):
-    run(cached_runs, "--offline_iterations", "40", "--online_iterations", "0", "--utd", "2")
+def test_other_offline_settings_miss_the_cache(group, cached_runs, capsys):
+    sizes = "--offline_iterations 40 --online_iterations 0 --utd 2".split()
+    run(cached_runs, group.dare, *sizes)
     output = capsys.readouterr().out
-    assert "cache hit: iql" not in output and "cache hit: behavior" in output
-    assert len(list((cached_runs / "cache").glob("iql-*.pt"))) == 2
+    assert f"cache hit: {group.method}" not in output and "cache hit: behavior" in output
+    assert len(list((cached_runs / "cache").glob(f"{group.method}-*.pt"))) == 2
 
 
-def test_direct_exchange_without_guidance_is_another_run(finished, cached_runs):
-    settings = """--exchange direct --guidance_scale 0 --online_loss expectile --align softmax_kl
-        --n_reference 3 --utd 2 --max_exchange 4 --online_iterations 100"""
-    path = run(cached_runs, *settings.split())
+def test_cql_has_an_offline_agent_of_its_own(tmp_path, capsys):
+    """Under another name, since its settings are not those of a Cal-QL run."""
+    sizes = "--offline_iterations 30 --online_iterations 70".split()
+    settings = {"cal_ql": [], "cql": ["--calibrated", "false", "--name", "cql"]}
+    for name, more in settings.items():
+        run(tmp_path, cal_ql, *sizes, *more)
+        assert (tmp_path / name / ENV / "seed_0" / "summary.yaml").exists()
+    assert "cache hit" not in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").glob("cal_ql-*.pt"))) == 2
+    offline = [rows(tmp_path / name / ENV / "seed_0", "train", "offline") for name in settings]
+    # The returns are above Q at first: the calibrated regularizer is the larger one.
+    assert float(offline[0][0]["regularizer"]) > float(offline[1][0]["regularizer"])
+    message = last_line(tmp_path, cal_ql, *sizes, "--calibrated", "false")
+    assert message.startswith("error: ") and "is finished; take another --seed or --name" in message
+
+
+def test_both_groups_share_the_behavior_model(tmp_path, capsys):
+    sizes = "--offline_iterations 5 --online_iterations 0".split()
+    run(tmp_path, dare_iql, *sizes)
+    assert "cache hit" not in capsys.readouterr().out
+    run(tmp_path, dare_cql, *sizes)
+    output = capsys.readouterr().out
+    assert "cache hit: behavior from" in output and "cache hit: cal_ql" not in output
+    assert len(list((tmp_path / "cache").glob("behavior-*.pt"))) == 1
+
+
+def test_direct_exchange_without_guidance_is_another_run(group, finished, cached_runs):
+    online_loss = "expectile" if group.method == "iql" else "none"
+    settings = f"""--exchange direct --guidance_scale 0 --online_loss {online_loss}
+        --align softmax_kl --n_reference 3 --utd 2 --max_exchange 4 --online_iterations 100"""
+    path = run(cached_runs, group.dare, *settings.split())
     assert checkpoint(path)["agent"]["iterations"] == 200 + 2 * 40
     row = rows(path, "train", "online")[-1]
     assert row["step"] == "100" and row["energy_loss"] == "" and float(row["exchanged"]) > 4
     (other,) = (r for r in rows(finished, "train", "online") if r["step"] == "100")
-    assert all(row[k] != other[k] for k in [*IQL_COLUMNS, "tau"])
+    assert all(row[k] != other[k] for k in [*group.columns, "tau"])
 
 
 # --- Interruption ---
@@ -267,10 +363,10 @@ DYING_RUN = """
 import os, signal, sys
 sys.path.insert(0, {algorithms!r})
 import torch
-import dare_iql
+import {script} as script
 
 torch.set_num_threads(1)
-agent, update, save = dare_iql.ImplicitQLearning, dare_iql.ImplicitQLearning.update, torch.save
+agent, update, save = script.{agent}, script.{agent}.update, torch.save
 
 def dying_update(self, batch):
     if self.iterations == {updates}:
@@ -284,7 +380,7 @@ def dying_save(state, path):
         os.kill(os.getpid(), signal.SIGKILL)
 
 agent.update, torch.save = dying_update, dying_save
-dare_iql.main({args!r})
+script.main({args!r})
 """
 
 
@@ -297,14 +393,15 @@ dare_iql.main({args!r})
     ],
     ids=["offline", "online", "writing a checkpoint"],
 )
-def test_a_killed_run_ends_as_if_it_had_not_been(finished, tmp_path, capsys, death, resumed):
-    algorithms = str(Path(dare_iql.__file__).parent)
-    code = DYING_RUN.format(algorithms=algorithms, args=arguments(tmp_path), **death)
+def test_a_killed_run_ends_as_if_it_had_not_been(group, finished, tmp_path, capsys, death, resumed):
+    names = {"script": group.dare.__name__, "agent": group.agent}
+    algorithms, args = str(Path(dare_iql.__file__).parent), arguments(tmp_path, group.dare)
+    code = DYING_RUN.format(algorithms=algorithms, args=args, **names, **death)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert child.returncode == -signal.SIGKILL, child.stderr
-    path = run(tmp_path)
+    path = run(tmp_path, group.dare)
     assert f"from {resumed}\n" in capsys.readouterr().out
     assert_same_end(path, finished)
     assert rows_without_rates(path) == rows_without_rates(finished)
@@ -324,12 +421,12 @@ def interrupt(monkeypatch, owner, name, at):
 
 
 @pytest.fixture
-def interrupted(monkeypatch, cached_runs):
+def interrupted(monkeypatch, group, cached_runs):
     """Directory of a run that Ctrl-C has ended at online step 130."""
     with monkeypatch.context() as patch:
-        interrupt(patch, dare_iql.ImplicitQLearning, "update", 70)
-        message = last_line(cached_runs)
-    path = directory(cached_runs)
+        interrupt(patch, getattr(group.dare, group.agent), "update", 70)
+        message = last_line(cached_runs, group.dare)
+    path = directory(cached_runs, group.dare)
     assert "interrupted at online step 130" in message
     state = checkpoint(path)
     assert (state["phase"], state["step"], state["agent"]["iterations"]) == ("online", 130, 270)
@@ -337,38 +434,39 @@ def interrupted(monkeypatch, cached_runs):
     return path
 
 
-def test_after_ctrl_c_the_same_command_goes_on(interrupted, finished, capsys, monkeypatch):
+def test_after_ctrl_c_the_same_command_goes_on(group, interrupted, finished, capsys, monkeypatch):
     monkeypatch.chdir(interrupted.parents[2])  # the path may be spelt otherwise, or have moved
-    run(".")
+    run(".", group.dare)
     assert "from online step 130\n" in capsys.readouterr().out
     assert_same_end(interrupted, finished)
     steps = [[r["step"] for r in rows(p, "train", "online")] for p in (interrupted, finished)]
     assert steps[0] == steps[1]
 
 
-def test_ctrl_c_during_an_evaluation_saves_the_step_that_it_names(monkeypatch, tmp_path):
-    interrupt(monkeypatch, dare_iql.Evaluator, "__call__", 1)
-    message = last_line(tmp_path, "--checkpoint_freq", "1000", "--offline_eval_freq", "30")
-    state = checkpoint(directory(tmp_path))
+def test_ctrl_c_during_an_evaluation_saves_the_step_that_it_names(monkeypatch, group, tmp_path):
+    interrupt(monkeypatch, group.dare.Evaluator, "__call__", 1)
+    often = "--checkpoint_freq 1000 --offline_eval_freq 30".split()
+    message = last_line(tmp_path, group.dare, *often)
+    state = checkpoint(directory(tmp_path, group.dare))
     assert f"interrupted at {state['phase']} step {state['step']};" in message
 
 
-def test_an_unfinished_run_wants_its_own_settings_and_an_intact_checkpoint(interrupted):
+def test_an_unfinished_run_wants_its_own_settings_and_an_intact_checkpoint(group, interrupted):
     runs_dir, names = interrupted.parents[2], ["config.yaml", "train.csv", "eval.csv"]
     files = [interrupted / name for name in names]
     before = [p.read_bytes() for p in files]
-    message = last_line(runs_dir, "--beta", "5", "--sac_alpha", "0.1", "--utd", "1")
+    message = last_line(runs_dir, group.dare, *group.settings, "--utd", "1")
     assert message.startswith(f"error: {interrupted} has other settings of ")
     named = message.split("settings of ")[1].split(";")[0]
-    assert set(named.split(", ")) == {"beta", "sac_alpha"}
+    assert {f"--{name}" for name in named.split(", ")} == set(group.settings[::2])
 
     with FileLock(interrupted / "lock"):
-        assert last_line(runs_dir).startswith("error: another process is training in")
+        assert last_line(runs_dir, group.dare).startswith("error: another process is training in")
     assert [p.read_bytes() for p in files] == before
 
     file = interrupted / "checkpoint.pt"
     file.write_bytes(file.read_bytes()[:-5000])
-    message = last_line(runs_dir)
+    message = last_line(runs_dir, group.dare)
     assert message.startswith(f"error: cannot read {file}") and "delete it" in message
     assert [p.read_bytes() for p in files] == before
 
@@ -377,20 +475,17 @@ def test_an_unfinished_run_wants_its_own_settings_and_an_intact_checkpoint(inter
 
 
 @pytest.mark.parametrize(
-    "settings, losses, phase",
-    [
-        (["--qf_lr", "1e30"], ["value_loss", "q_loss", "actor_loss"], "offline"),
-        (["--energy_lr", "1e30"], ["energy_loss"], "online"),
-    ],
+    "settings, phase", [(["--qf_lr", "1e30"], "offline"), (["--energy_lr", "1e30"], "online")]
 )
-def test_a_loss_that_is_not_finite_ends_the_run(cached_runs, settings, losses, phase):
-    message = last_line(cached_runs, *settings)
-    path = directory(cached_runs)
+def test_a_loss_that_is_not_finite_ends_the_run(group, cached_runs, settings, phase):
+    message = last_line(cached_runs, group.dare, *settings)
+    path = directory(cached_runs, group.dare)
     assert message.startswith("error: ") and str(path / "checkpoint.pt") in message
+    losses = group.columns[:3] if phase == "offline" else ["energy_loss"]
     assert message.split()[1] in losses and phase in message
     state = checkpoint(path)
     assert state["phase"] == phase
-    for name in ("qf", "vf", "actor", "q_target"):
+    for name in group.networks:
         assert all(torch.isfinite(x).all() for x in state["agent"][name].values())
     assert not (path / "summary.yaml").exists()
 
@@ -399,30 +494,31 @@ def test_a_loss_that_is_not_finite_ends_the_run(cached_runs, settings, losses, p
     "updates, phase, step", [(50, "offline", 0), (215, "online", 50), (240, "online", 50)]
 )
 def test_weights_that_break_with_finite_losses_are_not_saved(
-    monkeypatch, cached_runs, updates, phase, step
+    monkeypatch, group, cached_runs, updates, phase, step
 ):
     """As from a gradient that overflows: the loss before it is finite, and so is every mean."""
-    update = dare_iql.ImplicitQLearning.update
+    agent_class = getattr(group.dare, group.agent)
+    update = agent_class.update
 
     def breaking_update(agent, batch):
         metrics = update(agent, batch)
         if agent.iterations == updates:
-            agent.actor.log_std.data.fill_(math.nan)
+            next(agent.actor.parameters()).data.fill_(math.nan)
         return metrics
 
-    monkeypatch.setattr(dare_iql.ImplicitQLearning, "update", breaking_update)
+    monkeypatch.setattr(agent_class, "update", breaking_update)
     if phase == "offline":
         shutil.rmtree(cached_runs / "cache")
-    message = last_line(cached_runs)
+    message = last_line(cached_runs, group.dare)
     assert message.startswith("error: ") and "not finite" in message and phase in message
-    state = checkpoint(directory(cached_runs))
+    state = checkpoint(directory(cached_runs, group.dare))
     assert (state["phase"], state["step"]) == (phase, step)
     assert all(x.isfinite().all() for x in state["agent"]["actor"].values())
 
 
-@pytest.mark.parametrize("script", [iql, dare_iql])
+@pytest.mark.parametrize("script", [iql, dare_iql, cal_ql, dare_cql])
 def test_an_unknown_data_path_ends_in_one_line(tmp_path, script):
     file = tmp_path / "no_such_file.hdf5"
-    message = last_line(tmp_path / "runs", "--data", str(file), script=script)
+    message = last_line(tmp_path / "runs", script, "--data", str(file))
     assert message.startswith("error: ") and str(file) in message
     assert not (tmp_path / "runs").exists()
