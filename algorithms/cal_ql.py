@@ -1,12 +1,11 @@
 """Cal-QL and CQL, offline then online: python algorithms/cal_ql.py --env antmaze-umaze-v2
 
-Cal-QL is Nakamoto et al. (2023); --calibrated false --name cql runs CQL, Kumar et al. (2020).
-Online, each batch is half offline data and half online data. Equation and table numbers are the
-DARE paper's.
+Cal-QL is Nakamoto et al. (2023); cal_ql.py --calibrated false --name cql runs CQL, Kumar et al.
+(2020). Online, each batch is half offline data and half online data. Equation and table numbers
+are the DARE paper's.
 """
 
 import csv
-import ctypes
 import dataclasses
 import difflib
 import functools
@@ -76,11 +75,11 @@ class Config:
     cql_n_actions: int = 10  # actions of each kind in R, and under the max of the backup (CORL)
     cql_temp: float = 1.0  # temperature of R's logsumexp, Table 4
     cql_lagrange: bool = False  # learn a factor of R by dual descent, Table 4 (AntMaze: true)
-    cql_target_action_gap: float = -1.0  # gap that the factor aims at, Table 4 (AntMaze: 0.8)
+    cql_target_action_gap: float = -1.0  # R that this factor aims at, Table 4 (AntMaze: 0.8)
     cql_max_target_backup: bool = False  # max over actions in the target, Table 4 (AntMaze: true)
     cql_clip_diff_min: float = -200.0  # lower bound of R on a row, Table 4
     normalize: bool = True  # standardize observations, Table 4 (AntMaze: false)
-    normalize_reward: bool = False  # locomotion: rewards times 1000 / range of returns
+    normalize_reward: bool = False  # Table 4 (AntMaze: true); locomotion: 1000 r / range of returns
     reward_scale: float = 1.0  # Table 4 (AntMaze: 10)
     reward_bias: float = 0.0  # Table 4 (AntMaze: -5)
     is_sparse_reward: bool = False  # a failure's return is r / (1 - gamma), Table 4 (AntMaze: true)
@@ -105,6 +104,8 @@ class Config:
                 raise ValueError(f"{field} must be in [{low}, {high}], got {value}")
         if not 0 < self.n_offline < self.batch_size:
             raise ValueError(f"mixing_ratio {self.mixing_ratio} leaves a half of the batch empty")
+        if self.is_sparse_reward and self.discount == 1:
+            raise ValueError("is_sparse_reward wants a discount below 1, got 1")
 
     @property
     def n_offline(self) -> int:
@@ -119,6 +120,7 @@ LOWEST = """regenerated_size initial_collection_steps utd batch_size hidden_dim 
     checkpoint_freq"""
 LOWEST = dict.fromkeys(LOWEST.split(), 1)
 LOWEST |= dict.fromkeys(["cql_target_action_gap", "cql_clip_diff_min", "reward_bias"], -math.inf)
+LOWEST["cql_temp"] = 1e-3
 PRESETS = {  # by task family, then by task
     "locomotion": {},
     "antmaze": {
@@ -129,6 +131,7 @@ PRESETS = {  # by task family, then by task
         "cql_target_action_gap": 0.8,
         "cql_max_target_backup": True,
         "normalize": False,
+        "normalize_reward": True,
         "reward_scale": 10.0,
         "reward_bias": -5.0,
         "is_sparse_reward": True,
@@ -273,7 +276,7 @@ def return_range(dataset: dict) -> float:
 def reward_transform(dataset: dict, cfg: Config) -> tuple[float, float]:
     """Scale and bias of the rewards, the same for offline and online data."""
     scale = cfg.reward_scale
-    if cfg.normalize_reward:
+    if cfg.normalize_reward and d4rl.task(cfg.env).family != "antmaze":
         scale *= 1000.0 / return_range(dataset)
     return scale, cfg.reward_bias
 
@@ -304,14 +307,6 @@ def finish_episode(buffer: ReplayBuffer, cfg: Config):
     start = int((batch.mc_returns != UNFINISHED).sum())
     returns = discounted_returns(batch.rewards[start:].cpu().numpy(), cfg)
     batch.mc_returns[start:] = torch.from_numpy(returns)
-
-
-def observation_statistics(dataset: dict, cfg: Config) -> tuple:
-    """Mean [S] and standard deviation [S] by which the networks standardize observations."""
-    obs = dataset["observations"]
-    if not cfg.normalize:
-        return np.zeros_like(obs[0]), np.ones_like(obs[0])
-    return obs.mean(0), obs.std(0) + 1e-3  # CORL's floor
 
 
 # --- Networks ---
@@ -389,8 +384,8 @@ class TanhGaussianPolicy(nn.Module):
         return mean, log_std.clamp(-20.0, 2.0)
 
 
-def draw(mean, log_std, n: int = 1):
-    """Draw n actions [B, n, A] of the squashed Gaussian, with their log densities [B, n]."""
+def sample_tanh_gaussian(mean, log_std, n: int = 1):
+    """Draw n actions [B, n, A] from a policy's output, each [B, A]; log densities [B, n]."""
     z = torch.randn(len(mean), n, mean.shape[-1], device=mean.device)
     log_std = log_std[:, None]
     x = mean[:, None] + torch.exp(log_std) * z
@@ -413,7 +408,11 @@ ALPHA_PRIME_MAX = 1e6  # bound of the Lagrange multiplier (CORL)
 
 
 class CalQL:
-    """Networks, their losses and one update step."""
+    """Networks, their losses and one update step.
+
+    In the losses policy and next_policy are the policy's mean and log_std, each [B, A], at s and
+    s', and q is Q1 and Q2 of the batch, [2, B].
+    """
 
     PARTS = ("qf", "actor", "q_target", "factors", "optimizer")
 
@@ -426,13 +425,11 @@ class CalQL:
         logs = {"log_alpha": 0.0, "log_alpha_prime": 1.0 if cfg.cql_lagrange else 0.0}
         self.factors = nn.ParameterDict({k: torch.tensor(x) for k, x in logs.items()}).to(device)
         self.factors["log_alpha_prime"].requires_grad_(cfg.cql_lagrange)
-        qf_lr, policy_lr = {"lr": cfg.qf_lr}, {"lr": cfg.policy_lr}
+        log_alpha, log_alpha_prime = self.factors["log_alpha"], self.factors["log_alpha_prime"]
         self.optimizer = torch.optim.Adam(
             [
-                {"params": list(self.qf.parameters()), **qf_lr},
-                {"params": list(self.actor.parameters()), **policy_lr},
-                {"params": [self.factors["log_alpha"]], **policy_lr},
-                {"params": [self.factors["log_alpha_prime"]], **qf_lr},
+                {"params": [*self.qf.parameters(), log_alpha_prime], "lr": cfg.qf_lr},
+                {"params": [*self.actor.parameters(), log_alpha], "lr": cfg.policy_lr},
             ],
             fused=True,
         )
@@ -441,17 +438,17 @@ class CalQL:
         self.iterations = 0
         self.online = False
 
-    def standardize(self, mean: np.ndarray, std: np.ndarray):
-        """Make all networks standardize their observations by mean [S] and std [S]."""
+    def standardize(self, observations: np.ndarray):
+        """Let the networks standardize observations as those of a dataset [N, S] need it."""
         for net in (self.qf, self.q_target, self.actor):
-            net.standardize.mean.copy_(torch.from_numpy(mean))
-            net.standardize.std.copy_(torch.from_numpy(std))
+            net.standardize.mean.copy_(torch.from_numpy(observations.mean(0)))
+            net.standardize.std.copy_(torch.from_numpy(observations.std(0) + 1e-3))  # CORL's floor
 
     @torch.no_grad()
     def td_target(self, batch: Batch, next_policy):
         """Target of Eq. 1, [B]: a' is drawn from the policy, or is the best of n drawn ones."""
         n = self.cfg.cql_n_actions if self.cfg.cql_max_target_backup else 1
-        actions, _ = draw(*next_policy, n)
+        actions, _ = sample_tanh_gaussian(*next_policy, n)
         states = batch.next_observations[:, None].expand(-1, n, -1)
         next_q = self.q_target(states, actions).amax(1)
         return batch.rewards + (1.0 - batch.terminals) * self.cfg.discount * next_q
@@ -460,25 +457,29 @@ class CalQL:
         """R of Eq. 1 for each row and both Q, [2, B]: Q of drawn actions less Q of the data.
 
         The expectation over actions is CQL's logsumexp, over uniform actions and the policy's at s
-        and s', each weighted by the inverse of its density.
+        and s', each weighted by the inverse of its density. R is clipped at cql_clip_diff_min.
         """
         cfg, n = self.cfg, self.cfg.cql_n_actions
         with torch.no_grad():
             uniform = torch.rand(len(batch.actions), n, batch.actions.shape[1], device=self.device)
-            drawn = [draw(*policy, n), draw(*next_policy, n)]
+            drawn = [sample_tanh_gaussian(*policy, n), sample_tanh_gaussian(*next_policy, n)]
             actions = torch.cat([2.0 * uniform - 1.0, *(a for a, _ in drawn)], 1)
             log_uniform = math.log(0.5) * actions.shape[-1]
             log_density = F.pad(torch.cat([x for _, x in drawn], 1), (n, 0), value=log_uniform)
         states = batch.observations[:, None].expand(-1, 3 * n, -1)
         q_drawn = self.qf.both(states, actions)
         if cfg.calibrated and (cfg.calibrated_online or not self.online):
+            # max(Q, V^nu(s)) on the policy's actions, not on the uniform ones (CORL)
             bound = F.pad(batch.mc_returns[:, None].expand(-1, 2 * n), (n, 0), value=-math.inf)
             q_drawn = torch.maximum(q_drawn, bound)
         soft_max = cfg.cql_temp * torch.logsumexp((q_drawn - log_density) / cfg.cql_temp, -1)
         return (soft_max - q).clamp(min=cfg.cql_clip_diff_min)
 
     def critic_loss(self, batch: Batch, policy, next_policy):
-        """Squared TD errors and alpha R of Eq. 1, each summed over both Q; mean Q of the data."""
+        """TD term and alpha R (with Lagrange, less the gap), each summed over both Q; mean Q.
+
+        Eq. 1 with the TD term of Eq. 14 and CORL, without 1/2: Table 4's alpha is on this scale.
+        """
         n_rows = len(batch.rewards)
         q = self.qf.both(batch.observations, batch.actions)
         mean_q = q.detach().mean()
@@ -491,11 +492,9 @@ class CalQL:
 
     def actor_loss(self, batch: Batch, policy):
         """Soft actor-critic's loss alpha log pi - Q and its log pi, [B]; Q gets no gradient."""
-        actions, log_pi = draw(*policy)
+        actions, log_pi = (x[:, 0] for x in sample_tanh_gaussian(*policy))
         frozen = {k: p.detach() for k, p in self.qf.named_parameters()}
-        inputs = batch.observations, actions[:, 0]
-        q = torch.func.functional_call(self.qf, frozen, inputs)
-        log_pi = log_pi[:, 0]
+        q = torch.func.functional_call(self.qf, frozen, (batch.observations, actions))
         return (self.factors["log_alpha"].exp().detach() * log_pi - q).mean(), log_pi.detach()
 
     def update(self, batch: Batch) -> dict:
@@ -515,13 +514,17 @@ class CalQL:
         critic_loss = q_loss + alpha_prime.detach() * regularizer
         (critic_loss + actor_loss + alpha_loss + alpha_prime_loss).backward()
         self.optimizer.step()
-        torch._foreach_lerp_(
-            list(self.q_target.parameters()), list(self.qf.parameters()), self.cfg.tau
-        )
+        self.update_target()
         self.iterations += 1
         losses = {"q_loss": q_loss, "regularizer": regularizer, "actor_loss": actor_loss}
         means = {"q": mean_q, "log_pi": log_pi.mean(), "alpha": alpha, "alpha_prime": alpha_prime}
         return {k: x.detach() for k, x in {**losses, **means}.items()}
+
+    @torch.no_grad()
+    def update_target(self):
+        """Exponential moving average of Q."""
+        target, source = list(self.q_target.parameters()), list(self.qf.parameters())
+        torch._foreach_lerp_(target, source, self.cfg.tau)
 
     def start_online(self):
         """Switch from offline training to fine-tuning."""
@@ -532,7 +535,7 @@ class CalQL:
         """Actions [N, A] for states [N, S]: the squashed mean, or a draw."""
         state = torch.as_tensor(state, dtype=torch.float32, device=self.device)
         mean, log_std = self.actor(state)
-        action = torch.tanh(mean) if deterministic else draw(mean, log_std)[0][:, 0]
+        action = torch.tanh(mean) if deterministic else sample_tanh_gaussian(mean, log_std)[0][:, 0]
         return action.cpu().numpy()
 
     def state_dict(self) -> dict:
@@ -669,7 +672,6 @@ class Run:
                 self.stop_on_nan(name, phase, step)
         self.append("train", {"phase": phase, "step": step, **self.last})
         self.sums, self.counts, self.clock, self.clock_step = {}, {}, now, step
-        return_memory()
 
     def stop_on_nan(self, name: str, phase: str, step: int):
         """End the run; the checkpoint is older than what broke."""
@@ -786,16 +788,6 @@ def load(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         sys.exit(f"error: cannot read {path} ({type(e).__name__}); delete it to start afresh")
-
-
-def return_memory():
-    """Give freed memory back to the system, where the C library is glibc.
-
-    It reuses little of what torch's aligned allocations free (seen with 2.36: 3 GB more after
-    20,000 updates).
-    """
-    if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
 
 
 @contextmanager
@@ -922,7 +914,8 @@ def main(args: list[str] | None = None):
     run = Run(cfg)
     torch.manual_seed(cfg.seed)
     agent, evaluator = CalQL(*dims, cfg, device), Evaluator(cfg)
-    agent.standardize(*observation_statistics(dataset, cfg))
+    if cfg.normalize:
+        agent.standardize(dataset["observations"])
     if not run.resumed or run.resumed["phase"] == "offline":
         offline_agent(cfg, run, agent, offline_buffer, evaluator)
     fine_tune(cfg, run, agent, offline_buffer, transform, evaluator)

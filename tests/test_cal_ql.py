@@ -171,7 +171,7 @@ def test_initial_weights_are_orthogonal_with_gain_sqrt_2():
 def test_draws_have_the_density_of_a_squashed_gaussian():
     torch.manual_seed(0)
     mean, log_std = torch.randn(6, A), torch.randn(6, A) - 0.5
-    actions, log_prob = cal_ql.draw(mean, log_std, 4)
+    actions, log_prob = cal_ql.sample_tanh_gaussian(mean, log_std, 4)
     assert actions.shape == (6, 4, A) and log_prob.shape == (6, 4)
     normal = torch.distributions.Normal(mean[:, None].double(), log_std[:, None].double().exp())
     squashed = torch.distributions.TransformedDistribution(
@@ -181,34 +181,47 @@ def test_draws_have_the_density_of_a_squashed_gaussian():
     expected = squashed.log_prob(actions.double().clamp(-0.9999999, 0.9999999)).sum(-1)
     assert inside.float().mean() > 0.5
     torch.testing.assert_close(log_prob[inside], expected[inside].float(), rtol=1e-3, atol=1e-3)
-    far, log_far = cal_ql.draw(torch.full((1, A), 60.0), torch.zeros(1, A))
+    far, log_far = cal_ql.sample_tanh_gaussian(torch.full((1, A), 60.0), torch.zeros(1, A))
     assert (far == 1).all() and log_far.isfinite().all()
 
 
 def test_standardized_networks_see_standardized_data():
     """As CORL, which standardizes the data instead."""
-    dataset = {"observations": np.random.default_rng(0).normal(3.0, 5.0, (500, S)).astype("f4")}
+    observations = np.random.default_rng(0).normal(3.0, 5.0, (500, S)).astype("f4")
+    mean, std = (torch.from_numpy(x) for x in (observations.mean(0), observations.std(0) + 1e-3))
     cfg = cal_ql.Config(env="hopper-medium-v2", hidden_dim=8)
-    mean, std = cal_ql.observation_statistics(dataset, cfg)
-    np.testing.assert_allclose(mean, dataset["observations"].mean(0))
-    np.testing.assert_allclose(std, dataset["observations"].std(0) + 1e-3)
     agents = []
     for standardize in (True, False):
         torch.manual_seed(0)
         agents.append(cal_ql.CalQL(S, A, cfg, "cpu"))
         if standardize:
-            agents[-1].standardize(mean, std)
+            agents[-1].standardize(observations)
     raw = batch_of(4, cfg)
-    scaled = [(x - torch.from_numpy(mean)) / torch.from_numpy(std) for x in (raw[0], raw[3])]
+    scaled = [(x - mean) / std for x in (raw.observations, raw.next_observations)]
     scaled = raw._replace(observations=scaled[0], next_observations=scaled[1])
     metrics = []
     for agent, batch in zip(agents, (raw, scaled), strict=True):
         torch.manual_seed(1)
         metrics.append([agent.update(batch) for _ in range(3)][-1])
     torch.testing.assert_close(*metrics)
-    antmaze = cal_ql.Config(env="antmaze-umaze-v2", normalize=False)
-    mean, std = cal_ql.observation_statistics(dataset, antmaze)
-    assert (mean == 0).all() and (std == 1).all()
+
+
+def test_policy_bounds_its_standard_deviation_and_acts_by_its_squashed_mean():
+    torch.manual_seed(0)
+    agent = cal_ql.CalQL(S, A, cal_ql.Config(hidden_dim=8), "cpu")
+    state = np.random.default_rng(0).normal(size=(4, S))
+    with torch.no_grad():
+        for offset, bound in [(50.0, 2.0), (-50.0, -20.0)]:
+            agent.actor.log_std_offset.fill_(offset)
+            mean, log_std = agent.actor(torch.from_numpy(state).float())
+            assert (log_std == bound).all()
+    action = agent.act(state, deterministic=True)
+    np.testing.assert_allclose(action, mean.tanh(), rtol=1e-6)
+    assert action.shape == (4, A) and (action != mean.numpy()).all()
+    np.testing.assert_allclose(agent.act(state, deterministic=False), action, atol=1e-6)
+    agent.actor.log_std_offset.data.fill_(-1.0)
+    drawn = [agent.act(state, deterministic=False) for _ in range(2)]
+    assert (drawn[0] != drawn[1]).all() and np.abs(drawn).max() < 1
 
 
 # --- Losses ---
@@ -254,7 +267,7 @@ def test_td_target_by_hand(best_of):
     torch.manual_seed(3)
     found = agent.td_target(batch, policy)
     torch.manual_seed(3)
-    actions, _ = cal_ql.draw(*policy, best_of)
+    actions, _ = cal_ql.sample_tanh_gaussian(*policy, best_of)
     for i in range(B):
         q = [agent.q_target.both(batch.next_observations[i : i + 1], a[None]) for a in actions[i]]
         value = max(min(x.flatten().tolist()) for x in q)
@@ -272,7 +285,7 @@ def test_regularizer_is_the_importance_weighted_logsumexp():
     found = agent.conservative_regularizer(batch, q, *policies)
     torch.manual_seed(4)
     kinds = [(2 * torch.rand(B, 10, A) - 1, torch.full((B, 10), A * math.log(0.5)))]
-    kinds += [cal_ql.draw(*policy, 10) for policy in policies]
+    kinds += [cal_ql.sample_tanh_gaussian(*policy, 10) for policy in policies]
     for i in range(B):
         exponents = [[], []]
         for actions, log_density in kinds:
@@ -354,6 +367,16 @@ def test_each_network_gets_the_gradient_of_its_own_loss_alone():
     factors = agent.factors
     torch.testing.assert_close(factors["log_alpha"].grad, of_temperature)
     torch.testing.assert_close(factors["log_alpha_prime"].grad, of_multiplier.detach())
+
+
+@pytest.mark.parametrize("module", [cal_ql, dare_cql])
+def test_updates_leave_no_graph_behind(module):
+    """A target that required a gradient would hold the graphs of all updates before it."""
+    agent = agent_of(config(module), module)
+    for _ in range(2):
+        metrics = agent.update(batch_of(B))
+    kept = [*agent.q_target.parameters(), *metrics.values()]
+    assert not any(x.requires_grad or x.grad_fn for x in kept)
 
 
 # --- Eq. 14 ---
@@ -506,6 +529,7 @@ def test_online_returns_are_filled_in_when_an_episode_ends():
         ("hopper-medium-v2", [], (1.0, 0.0)),
         ("hopper-medium-v2", ["--normalize_reward", "true"], (1000 / 9, 0.0)),
         ("antmaze-umaze-v2", [], (10.0, -5.0)),
+        ("antmaze-umaze-v2", ["--normalize_reward", "false"], (10.0, -5.0)),
     ],
 )
 def test_reward_transform(env, settings, expected):

@@ -93,6 +93,7 @@ TABLE_4 = {
     "reward_scale": [1.0, 10.0],
     "reward_bias": [0.0, -5.0],
     "normalize": [True, False],
+    "normalize_reward": [False, True],
     "is_sparse_reward": [False, True],
     "policy_lr": [1e-4, 1e-4],
     "qf_lr": [3e-4, 3e-4],
@@ -112,7 +113,6 @@ TABLE_4 = {
     "policy_n_hidden_layers": [3, 3],
     "calibrated": [True, True],
     "calibrated_online": [False, False],
-    "normalize_reward": [False, False],
     "online_loss": ["td", "td"],
     "n_episodes": [10, 100],
     "n_support": [16, 32],
@@ -152,19 +152,16 @@ def test_resolved_settings_of_the_cql_group(env, guidance_scale):
 
 
 @pytest.mark.parametrize("script", [dare_iql, dare_cql])
-def test_the_cache_key_of_the_offline_agent_is_complete(script):
-    """Every setting is in it, changes nothing offline, or acts on the data, which is in it too."""
+def test_every_setting_has_its_place_in_or_beside_the_cache_key(script):
+    """What is not in the key changes nothing offline, or acts on the data, which is in it too."""
     of_data = {"data", "regenerated_size", "reward_scale", "reward_bias", "is_sparse_reward"}
     of_machine = {"device", "threads", "runs_dir", "name", "wandb", "project", "log_freq"}
     online = {"checkpoint_freq", "eval_freq", "utd", "mixing_ratio", "online_iterations"}
     online |= {"initial_collection_steps", "calibrated_online", "cql_alpha_online"}
     fields = [f.name for f in dataclasses.fields(script.Config)]
     of_dare = set(fields[fields.index("exchange") :])
-    keyed = set(script.OFFLINE_FIELDS)
-    rest = set(fields) - keyed - of_data - of_machine - online - of_dare
-    if script is dare_cql:
-        rest -= {"normalize_reward"}  # in the rewards of the data
-    assert not rest and keyed <= set(fields) and "discount" in keyed
+    rest = set(fields) - set(script.OFFLINE_FIELDS) - of_data - of_machine - online - of_dare
+    assert rest == ({"normalize_reward"} if script is dare_cql else set())  # in the rewards
 
 
 def test_defaults_are_those_of_the_default_task():
@@ -231,10 +228,19 @@ IMPOSSIBLE = {
 }
 
 
-def one_error_line(capsys, *args):
+IMPOSSIBLE_CQL = {
+    "no temperature": ("--cql_temp 0", ["cql_temp", "0"]),
+    "failure without end": ("--is_sparse_reward true --discount 1", ["discount", "1"]),
+    "no action": ("--cql_n_actions 0", ["cql_n_actions"]),
+    "bad loss": ("--online_loss sac", ["online_loss", "sac", "td", "none"]),
+    "setting of IQL": ("--iql_tau 0.5", ["iql_tau"]),
+}
+
+
+def one_error_line(capsys, *args, script=dare_iql):
     """Message of the SystemExit that parsing ends in; nothing else is printed."""
     with pytest.raises(SystemExit) as stop:
-        parse(*args)
+        parse(*args, script=script)
     message = stop.value.code
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     assert capsys.readouterr() == ("", "")
@@ -245,6 +251,18 @@ def one_error_line(capsys, *args):
 def test_impossible_arguments_end_in_one_line(capsys, args, parts):
     message = one_error_line(capsys, *args.split())
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("args, parts", list(IMPOSSIBLE_CQL.values()), ids=list(IMPOSSIBLE_CQL))
+def test_impossible_arguments_of_the_cql_group(capsys, args, parts):
+    message = one_error_line(capsys, *args.split(), script=dare_cql)
+    assert all(part in message for part in parts), message
+
+
+def test_negative_numbers_where_they_have_a_meaning():
+    args = "--reward_bias -5 --cql_clip_diff_min -7 --cql_target_action_gap -2".split()
+    cfg = parse(*args, script=cal_ql)
+    assert (cfg.reward_bias, cfg.cql_clip_diff_min, cfg.cql_target_action_gap) == (-5, -7, -2)
 
 
 @pytest.mark.parametrize(

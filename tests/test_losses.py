@@ -185,6 +185,16 @@ def test_q_gradient_of_an_update_is_that_of_the_critic_loss_alone(batch):
     torch.testing.assert_close([p.grad for p in parameters], list(expected))
 
 
+@pytest.mark.parametrize("module", [iql, dare_iql])
+def test_updates_leave_no_graph_behind(batch, module):
+    """A target that required a gradient would hold the graphs of all updates before it."""
+    agent = agent_of(config(), module)
+    for _ in range(2):
+        metrics = agent.update(batch)
+    kept = [*agent.q_target.parameters(), *metrics.values()]
+    assert not any(x.requires_grad or x.grad_fn for x in kept)
+
+
 # --- Eq. 35 ---
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from filelock import FileLock
 
 import cal_ql
+import d4rl_gymnasium as d4rl
 import dare_cql
 import dare_iql
 import iql
@@ -30,6 +32,9 @@ TRUNK = f"""--env {ENV} --data {DATA} --wandb disabled --device cpu --hidden_dim
 DARE = """--behavior_iterations 50 --behavior_batch_size 32 --behavior_width 8 --energy_hidden 8
     --energy_iterations 20 --energy_batch_size 16 --n_support 2 --n_support_states 50
     --diffusion_steps 2""".split()
+# The Lagrange multiplier and the max-target backup are AntMaze's, the rewards nearly so.
+CQL = """--cql_n_actions 4 --cql_lagrange true --cql_max_target_backup true --reward_scale 10
+    --reward_bias -5""".split()
 DARE_COLUMNS = """exchanged tau mu_offline mu_online sigma_offline sigma_online
     energy_loss""".split()
 
@@ -66,8 +71,8 @@ GROUPS = [
         dare_cql,
         "CalQL",
         ["qf", "actor", "q_target", "factors"],
-        ["q_loss", "regularizer", "actor_loss", "q", "log_pi", "alpha"],
-        [3e-4, 1e-4, 1e-4, 3e-4],
+        ["q_loss", "regularizer", "actor_loss", "q", "log_pi", "alpha", "alpha_prime"],
+        [3e-4, 1e-4],
         ["--cql_temp", "0.5", "--max_exchange", "7"],
     ),
 ]
@@ -89,8 +94,9 @@ def one_thread():
 
 def arguments(runs_dir, script, *more):
     """Command line of a tiny run; `more` overrides."""
-    is_dare = script.__name__.startswith("dare")
-    return [*TRUNK, *(DARE if is_dare else []), "--runs_dir", str(runs_dir), *more]
+    of_dare = DARE if script in (dare_iql, dare_cql) else []
+    of_cql = CQL if script in (cal_ql, dare_cql) else []
+    return [*TRUNK, *of_dare, *of_cql, "--runs_dir", str(runs_dir), *more]
 
 
 def run(runs_dir, script, *more):
@@ -251,6 +257,44 @@ def test_monte_carlo_returns_of_the_online_buffer(finished):
     assert len(starts) > 5 and 0 < ended < len(found)
     torch.testing.assert_close(batch.mc_returns[:ended], expected[:ended])
     assert (batch.mc_returns[ended:] == cal_ql.UNFINISHED).all()
+
+
+@pytest.mark.parametrize("group", GROUPS[1:], indirect=True, ids=["cal_ql"])
+def test_agent_of_a_cql_run_has_the_statistics_of_the_data(finished):
+    observations = torch.from_numpy(d4rl.qlearning_dataset(ENV, data=DATA)["observations"])
+    agent = checkpoint(finished)["agent"]
+    for network in ("qf", "q_target", "actor"):
+        mean, std = (agent[network][f"standardize.{k}"] for k in ("mean", "std"))
+        torch.testing.assert_close(mean, observations.mean(0))
+        torch.testing.assert_close(std, observations.std(0, correction=0) + 1e-3)
+
+
+def test_rewards_and_returns_of_both_buffers(monkeypatch, tmp_path):
+    """Both buffers hold 10 r - 5, and the returns are made of these."""
+    step, add, raw, added = cal_ql.TrainingEnv.step, cal_ql.ReplayBuffer.add, [], []
+
+    def watched_step(self, action):
+        transition = step(self, action)
+        raw.append(transition[2])
+        return transition
+
+    def watched_add(self, *columns):
+        added.append(columns)
+        add(self, *columns)
+
+    monkeypatch.setattr(cal_ql.TrainingEnv, "step", watched_step)
+    monkeypatch.setattr(cal_ql.ReplayBuffer, "add", watched_add)
+    run(tmp_path, cal_ql, *"--offline_iterations 1 --online_iterations 20".split())
+    (_, _, rewards, _, terminals, returns), *online = added
+    dataset = d4rl.qlearning_dataset(ENV, data=DATA)
+    np.testing.assert_allclose(rewards, 10 * dataset["rewards"] - 5, rtol=1e-6)
+    np.testing.assert_allclose([row[2][0] for row in online], [10 * r - 5 for r in raw])
+    end = int(np.flatnonzero(terminals)[0])
+    gaps = (dataset["observations"][1:] != dataset["next_observations"][:-1]).any(1)
+    first = min(end, int(np.flatnonzero(gaps)[0])) + 1  # length of the first episode
+    discounts = 0.99 ** np.arange(first)
+    assert first > 5
+    np.testing.assert_allclose(returns[0], (discounts * rewards[:first]).sum(), rtol=1e-5)
 
 
 def test_summary(finished):
