@@ -60,6 +60,7 @@ class Config:
     regenerated_size: int = 200_000  # transitions that --data regenerated collects
     seed: int = 0  # seeds networks, batches, exploration and the training environment
     device: str = "auto"  # auto, cpu or cuda
+    precision: str = "fp32"  # of the networks' products: fp32, bf16 or auto (bf16 if faster)
     threads: int = 1  # CPU threads: one per run, as two runs beat two threads; 0 takes all cores
     runs_dir: str = "runs"  # a run writes <runs_dir>/<name>/<env>/seed_<seed>/
     name: str = Path(__file__).stem  # name of the method; rename a variant to keep it apart
@@ -145,7 +146,11 @@ class Config:
         return round(self.batch_size * self.mixing_ratio)
 
 
-CHOICES = {"wandb": ["auto", "online", "offline", "disabled"], "device": ["auto", "cpu", "cuda"]}
+CHOICES = {
+    "wandb": ["auto", "online", "offline", "disabled"],
+    "device": ["auto", "cpu", "cuda"],
+    "precision": ["auto", "fp32", "bf16"],
+}
 FRACTIONS = ["mixing_ratio", "discount", "tau"]
 LOWEST = """regenerated_size initial_collection_steps utd batch_size hidden_dim q_n_hidden_layers
     policy_n_hidden_layers cql_n_actions eval_freq offline_eval_freq n_episodes log_freq
@@ -172,10 +177,11 @@ PRESETS = {  # by task family, then by task
 }
 # What an offline agent depends on besides the data: the key of its cache.
 OFFLINE_METHOD = "cal_ql"
-OFFLINE_FIELDS = """env seed offline_iterations batch_size discount tau policy_lr qf_lr hidden_dim
-    q_n_hidden_layers policy_n_hidden_layers calibrated cql_alpha cql_n_actions cql_temp
-    cql_lagrange cql_target_action_gap cql_max_target_backup cql_clip_diff_min normalize
-    offline_eval_freq n_episodes eval_seed""".split()
+OFFLINE_FIELDS = """env seed precision offline_iterations batch_size discount tau
+    policy_lr qf_lr hidden_dim q_n_hidden_layers policy_n_hidden_layers calibrated
+    cql_alpha cql_n_actions cql_temp cql_lagrange cql_target_action_gap
+    cql_max_target_backup cql_clip_diff_min normalize offline_eval_freq n_episodes
+    eval_seed""".split()
 CSV_COLUMNS = {
     "eval": ["phase", "step", "return_mean", "return_std", "normalized_score", "success_rate"],
     "train": """phase step steps_per_second q_loss regularizer actor_loss q log_pi alpha
@@ -209,8 +215,8 @@ CHOICES |= {
 }
 LOWEST |= {"n_support": 2, "behavior_width": 4, "energy_hidden": 1, "energy_batch_size": 2}
 LOWEST |= dict.fromkeys("n_reference diffusion_steps behavior_batch_size".split(), 1)
-BEHAVIOR_FIELDS = """env behavior_seed behavior_iterations behavior_batch_size behavior_lr
-    behavior_width""".split()
+BEHAVIOR_FIELDS = """env precision behavior_seed behavior_iterations behavior_batch_size
+    behavior_lr behavior_width""".split()
 SUPPORT_FIELDS = [*BEHAVIOR_FIELDS, "n_support", "n_support_states", "diffusion_steps"]
 SCORE_COLUMNS = ["exchanged", "tau", "mu_offline", "mu_online", "sigma_offline", "sigma_online"]
 CSV_COLUMNS["train"] += [*SCORE_COLUMNS, "energy_loss"]
@@ -390,7 +396,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """Map [B, dims[0]] to [B, dims[-1]]."""
-        return self.net(x)
+        return self.net(x).float()  # a product in bf16 ends here
 
 
 class Standardize(nn.Module):
@@ -425,7 +431,7 @@ class TwinQ(nn.Module):
         h = x.flatten(0, -2).expand(2, -1, -1)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             h = torch.baddbmm(bias, torch.relu(h) if i else h, weight)
-        return h.view(2, *x.shape[:-1])
+        return h.view(2, *x.shape[:-1]).float()  # a product in bf16 ends here
 
     def forward(self, state, action):
         """Smaller of the two, [...]."""
@@ -813,9 +819,10 @@ def behavior_model(cfg: Config, run, buffer: ReplayBuffer) -> BehaviorModel:
             sizes = cfg.behavior_iterations, cfg.behavior_batch_size, cfg.behavior_lr
             report = watch(run, "behavior", cfg.behavior_iterations)
             seed, every = cfg.behavior_seed, cfg.checkpoint_freq
+            dtype = torch.bfloat16 if cfg.precision == "bf16" else None
             try:
                 train_behavior(
-                    model, data.observations, data.actions, *sizes, seed, path, report, every
+                    model, data.observations, data.actions, *sizes, seed, path, report, every, dtype
                 )
             except (FloatingPointError, ValueError) as e:
                 sys.exit(f"error: {e}")
@@ -833,14 +840,15 @@ def offline_support(cfg: Config, run, buffer: ReplayBuffer, behavior: BehaviorMo
         states = states[order[: cfg.n_support_states]]
     with cached(cfg, "support", SUPPORT_FIELDS, buffer.digest(sum(buffer.dims))) as path:
         if not path.exists():
-            actions = draw_support_actions(
-                behavior,
-                states,
-                cfg.n_support,
-                cfg.diffusion_steps,
-                generator=generator,
-                on_progress=watch(run, "support", len(states)),
-            )
+            with autocast(cfg, states.device):
+                actions = draw_support_actions(
+                    behavior,
+                    states,
+                    cfg.n_support,
+                    cfg.diffusion_steps,
+                    generator=generator,
+                    on_progress=watch(run, "support", len(states)),
+                )
             save(path, {"actions": actions})
         return states, load(path)["actions"].to(states.device)
 
@@ -1116,6 +1124,26 @@ def cached(cfg: Config, kind: str, fields: list, data_digest: str):
 # --- Training ---
 
 
+def fastest_precision(device: str) -> str:
+    """Precision that --precision auto stands for: bf16 if its products take less than 3/4."""
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, runs = torch.ones(1024, 1024, dtype=dtype, device=device), []
+        for _ in range(10):
+            start = time.perf_counter()
+            (x @ x)[0, 0].item()
+            runs.append(time.perf_counter() - start)
+        times[dtype] = min(runs)
+    return "bf16" if times[torch.bfloat16] < 0.75 * times[torch.float32] else "fp32"
+
+
+def autocast(cfg: Config, device: str):
+    """Context in which the networks' products are in cfg.precision; all else stays in fp32."""
+    # Without the cache, which would hold the casts of weights from before an optimizer's step.
+    on = cfg.precision == "bf16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, on, cache_enabled=False)
+
+
 class TrainingEnv:
     """The environment that fine-tuning acts in, with all that a checkpoint needs of it."""
 
@@ -1154,7 +1182,9 @@ def train_offline(cfg: Config, run: Run, agent, buffer: ReplayBuffer, evaluator)
         run.save("offline", 0, parts)
     bar = progress_bar("offline", start, cfg.offline_iterations)
     for step in bar:
-        run.add(agent.update(buffer.sample(cfg.batch_size)))
+        with autocast(cfg, agent.device):
+            metrics = agent.update(buffer.sample(cfg.batch_size))
+        run.add(metrics)
         run.after_step("offline", step + 1, bar, parts, evaluator)
 
 
@@ -1196,13 +1226,14 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
         online_buffer.add([state], [action], [reward], [next_state], [terminated], [UNFINISHED])
         if terminated or truncated:
             finish_episode(online_buffer, cfg)
-        for _ in range(cfg.utd if step >= cfg.initial_collection_steps else 0):
-            offline_batch = offline_buffer.sample(cfg.n_offline)
-            online_batch = online_buffer.sample(cfg.batch_size - cfg.n_offline)
-            if cfg.exchange != "none":  # DARE: Algorithm 1
-                offline_batch, online_batch, metrics = dare(agent, offline_batch, online_batch)
-                run.add(metrics)
-            run.add(agent.update(concatenate(offline_batch, online_batch)))
+        with autocast(cfg, agent.device):
+            for _ in range(cfg.utd if step >= cfg.initial_collection_steps else 0):
+                offline_batch = offline_buffer.sample(cfg.n_offline)
+                online_batch = online_buffer.sample(cfg.batch_size - cfg.n_offline)
+                if cfg.exchange != "none":  # DARE: Algorithm 1
+                    offline_batch, online_batch, metrics = dare(agent, offline_batch, online_batch)
+                    run.add(metrics)
+                run.add(agent.update(concatenate(offline_batch, online_batch)))
         run.after_step("online", step + 1, bar, parts, evaluator)
 
 
@@ -1214,6 +1245,8 @@ def main(args: list[str] | None = None):
     device = cfg.device if cfg.device != "auto" else ("cpu", "cuda")[torch.cuda.is_available()]
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but torch sees no CUDA device; take --device cpu")
+    if cfg.precision == "auto":
+        cfg.precision = fastest_precision(device)
     try:
         dataset = d4rl.qlearning_dataset(
             cfg.env, data=cfg.data, regenerated_size=cfg.regenerated_size

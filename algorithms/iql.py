@@ -47,6 +47,7 @@ class Config:
     regenerated_size: int = 200_000  # transitions that --data regenerated collects
     seed: int = 0  # seeds networks, batches, exploration and the training environment
     device: str = "auto"  # auto, cpu or cuda
+    precision: str = "fp32"  # of the networks' products: fp32, bf16 or auto (bf16 if faster)
     threads: int = 1  # CPU threads: one per run, as two runs beat two threads; 0 takes all cores
     runs_dir: str = "runs"  # a run writes <runs_dir>/<name>/<env>/seed_<seed>/
     name: str = Path(__file__).stem  # name of the method; rename a variant to keep it apart
@@ -97,7 +98,11 @@ class Config:
         return round(self.batch_size * self.mixing_ratio)
 
 
-CHOICES = {"wandb": ["auto", "online", "offline", "disabled"], "device": ["auto", "cpu", "cuda"]}
+CHOICES = {
+    "wandb": ["auto", "online", "offline", "disabled"],
+    "device": ["auto", "cpu", "cuda"],
+    "precision": ["auto", "fp32", "bf16"],
+}
 FRACTIONS = ["mixing_ratio", "discount", "tau", "iql_tau"]
 LOWEST = """regenerated_size initial_collection_steps utd batch_size hidden_dim n_hidden eval_freq
     offline_eval_freq n_episodes log_freq checkpoint_freq"""
@@ -108,8 +113,9 @@ PRESETS = {  # by task family, then by task
 }
 # What an offline agent depends on besides the data: the key of its cache.
 OFFLINE_METHOD = "iql"
-OFFLINE_FIELDS = """env seed offline_iterations batch_size discount tau iql_tau beta qf_lr vf_lr
-    actor_lr hidden_dim n_hidden normalize_reward offline_eval_freq n_episodes eval_seed""".split()
+OFFLINE_FIELDS = """env seed precision offline_iterations batch_size discount tau
+    iql_tau beta qf_lr vf_lr actor_lr hidden_dim n_hidden normalize_reward
+    offline_eval_freq n_episodes eval_seed""".split()
 CSV_COLUMNS = {
     "eval": ["phase", "step", "return_mean", "return_std", "normalized_score", "success_rate"],
     "train": ["phase", "step", "steps_per_second", "value_loss", "q_loss", "actor_loss", "q", "v"],
@@ -259,7 +265,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """Map [B, dims[0]] to [B, dims[-1]]."""
-        return self.net(x)
+        return self.net(x).float()  # a product in bf16 ends here
 
 
 class TwinQ(nn.Module):
@@ -676,6 +682,26 @@ def cached(cfg: Config, kind: str, fields: list, data_digest: str):
 # --- Training ---
 
 
+def fastest_precision(device: str) -> str:
+    """Precision that --precision auto stands for: bf16 if its products take less than 3/4."""
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, runs = torch.ones(1024, 1024, dtype=dtype, device=device), []
+        for _ in range(10):
+            start = time.perf_counter()
+            (x @ x)[0, 0].item()
+            runs.append(time.perf_counter() - start)
+        times[dtype] = min(runs)
+    return "bf16" if times[torch.bfloat16] < 0.75 * times[torch.float32] else "fp32"
+
+
+def autocast(cfg: Config, device: str):
+    """Context in which the networks' products are in cfg.precision; all else stays in fp32."""
+    # Without the cache, which would hold the casts of weights from before an optimizer's step.
+    on = cfg.precision == "bf16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, on, cache_enabled=False)
+
+
 class TrainingEnv:
     """The environment that fine-tuning acts in, with all that a checkpoint needs of it."""
 
@@ -714,7 +740,9 @@ def train_offline(cfg: Config, run: Run, agent, buffer: ReplayBuffer, evaluator)
         run.save("offline", 0, parts)
     bar = progress_bar("offline", start, cfg.offline_iterations)
     for step in bar:
-        run.add(agent.update(buffer.sample(cfg.batch_size)))
+        with autocast(cfg, agent.device):
+            metrics = agent.update(buffer.sample(cfg.batch_size))
+        run.add(metrics)
         run.after_step("offline", step + 1, bar, parts, evaluator)
 
 
@@ -752,10 +780,11 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
         state, action, reward, next_state, terminated, _ = env.step(action)
         reward = reward * transform[0] + transform[1]
         online_buffer.add([state], [action], [reward], [next_state], [terminated])
-        for _ in range(cfg.utd if step >= cfg.initial_collection_steps else 0):
-            offline_batch = offline_buffer.sample(cfg.n_offline)
-            online_batch = online_buffer.sample(cfg.batch_size - cfg.n_offline)
-            run.add(agent.update(concatenate(offline_batch, online_batch)))
+        with autocast(cfg, agent.device):
+            for _ in range(cfg.utd if step >= cfg.initial_collection_steps else 0):
+                offline_batch = offline_buffer.sample(cfg.n_offline)
+                online_batch = online_buffer.sample(cfg.batch_size - cfg.n_offline)
+                run.add(agent.update(concatenate(offline_batch, online_batch)))
         run.after_step("online", step + 1, bar, parts, evaluator)
 
 
@@ -767,6 +796,8 @@ def main(args: list[str] | None = None):
     device = cfg.device if cfg.device != "auto" else ("cpu", "cuda")[torch.cuda.is_available()]
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but torch sees no CUDA device; take --device cpu")
+    if cfg.precision == "auto":
+        cfg.precision = fastest_precision(device)
     try:
         dataset = d4rl.qlearning_dataset(
             cfg.env, data=cfg.data, regenerated_size=cfg.regenerated_size
