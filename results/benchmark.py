@@ -1,0 +1,294 @@
+"""Time every hot computation: python results/benchmark.py [--device cuda] [--precision bf16]
+
+One line per computation: median milliseconds of a warm call, calls per second, and the share of
+the machine's matrix-product rate in the same precision, measured beside each computation. --profile
+NAME prints where the time of one goes; --output FILE.csv keeps the table with the hardware.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium
+import mujoco
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "algorithms"))
+
+import cal_ql  # noqa: E402
+import dare_cql  # noqa: E402
+import dare_iql  # noqa: E402
+import iql  # noqa: E402
+from diffusion import BehaviorModel, behavior_loss  # noqa: E402
+
+ENV, ROWS = "hopper-medium-replay-v2", 100_000
+COLUMNS = ["computation", "ms", "per_second", "share_of_products", "gflop"]
+
+
+def synchronize(device):
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def duration(call, device) -> float:
+    """Seconds of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+class ProductCounter(TorchDispatchMode):
+    """Floating point operations of the matrix products that run under it."""
+
+    flop = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Run and count."""
+        result = function(*args, **(kwargs or {}))
+        count = flop_registry.get(function._overloadpacket)
+        self.flop += count(*args, **(kwargs or {}), out_val=result) if count else 0
+        return result
+
+
+class Clock:
+    """Medians of warm calls, each beside a matrix product of the same precision."""
+
+    def __init__(self, args):
+        self.device, self.repeats, self.seconds = args.device, args.repeats, args.seconds
+        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        self.x = torch.randn(args.product, args.product, dtype=dtype, device=args.device)
+
+    def measure(self, call) -> dict:
+        """Time a call until `repeats` are done or `seconds` have passed, at least three times."""
+        for _ in range(2):
+            call()
+        with ProductCounter() as counter:
+            call()
+        product, times, rates = 2.0 * len(self.x) ** 3, [], []
+        self.x @ self.x
+        end = time.perf_counter() + self.seconds
+        while len(times) < 3 or (len(times) < self.repeats and time.perf_counter() < end):
+            rates.append(product / duration(lambda: self.x @ self.x, self.device))
+            times.append(duration(call, self.device))
+        median, flop = statistics.median(times), counter.flop
+        share = flop / median / statistics.median(rates)
+        return {
+            "ms": f"{1e3 * median:.4g}",
+            "per_second": f"{1 / median:.4g}",
+            "share_of_products": f"{share:.2f}" if flop else "",
+            "gflop": f"{flop / 1e9:.4g}" if flop else "",
+        }
+
+
+def filled_buffer(script, state_dim, action_dim, size, device):
+    """A buffer of standard normal states and uniform actions."""
+    buffer = script.ReplayBuffer(state_dim, action_dim, size, device)
+    buffer.rows.normal_().clamp_(-1, 1)
+    buffer.rows[:, buffer.widths[0] + action_dim + 1 + state_dim] = 0.0  # no terminals
+    buffer.size = size
+    return buffer
+
+
+def updates(args) -> dict:
+    """Updates of the agents on a batch of 256, as offline training does them."""
+    calls = {}
+    for name, script, agent_class, more in [
+        ("iql update", iql, "ImplicitQLearning", {}),
+        ("cal_ql update, 3 layers", cal_ql, "CalQL", {}),
+        ("cal_ql update, 5 layers", cal_ql, "CalQL", {"q_n_hidden_layers": 5}),
+    ]:
+        cfg = script.Config(env=ENV, precision=args.precision, **more)
+        buffer = filled_buffer(script, 11, 3, ROWS, args.device)
+        agent = getattr(script, agent_class)(*buffer.dims, cfg, args.device)
+        calls[name] = lambda s=script, c=cfg, a=agent, b=buffer: step(s, c, a, b)
+    return calls
+
+
+def step(script, cfg, agent, buffer):
+    """One offline update, sampling included."""
+    with script.autocast(cfg, agent.device):
+        agent.update(buffer.sample(cfg.batch_size))
+
+
+def online_steps(args, runs_dir) -> dict:
+    """One online update of both DARE methods with untrained diffusion, and its parts."""
+    calls = {}
+    for script, agent_class in [(dare_iql, "ImplicitQLearning"), (dare_cql, "CalQL")]:
+        settings = {"behavior_iterations": 0, "n_support_states": 256, "energy_iterations": 0}
+        settings |= {"runs_dir": runs_dir, "precision": args.precision, "guidance_scale": 3.0}
+        cfg = script.Config(env=ENV, **settings)
+        offline, online = (filled_buffer(script, 11, 3, size, args.device) for size in (ROWS, 256))
+        agent = getattr(script, agent_class)(*offline.dims, cfg, args.device)
+        agent.start_online()
+        dare = script.DARE(cfg, SimpleNamespace(stop=False), offline, online)
+        state = s = script, cfg, agent, dare, offline, online
+        calls[f"{script.__name__} online update"] = lambda s=state: online_step(*s)
+    script, cfg, agent, dare, offline, online = s
+    calls["energy update, 256 x 16"] = lambda: in_precision(s, lambda: dare.energy_step(agent))
+    states = offline.sample(cfg.batch_size).observations
+    for name, scale in [("guided", 3.0), ("unguided", 0.0)]:
+        calls[f"{name} sampling, 256 states, {cfg.diffusion_steps} steps"] = lambda scale=scale: (
+            in_precision(
+                s,
+                lambda: dare_cql.sample_actions(
+                    dare.behavior, states, 1, dare.energy, scale, cfg.diffusion_steps
+                ),
+            )
+        )
+    return calls
+
+
+def in_precision(state, call):
+    """Call under the autocast of a state of `online_steps`."""
+    script, cfg, agent = state[:3]
+    with script.autocast(cfg, agent.device):
+        call()
+
+
+def online_step(script, cfg, agent, dare, offline, online):
+    """Reference actions, scores, exchange, energy and agent update; no environment."""
+    with script.autocast(cfg, agent.device):
+        halves = offline.sample(cfg.n_offline), online.sample(cfg.batch_size - cfg.n_offline)
+        *halves, _ = dare(agent, *halves)
+        agent.update(script.concatenate(*halves))
+
+
+def behavior_update(args) -> dict:
+    """One update of the behavior model on 4,096 rows."""
+    model = BehaviorModel(11, 3).to(args.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    states, actions = torch.randn(4096, 11), torch.rand(4096, 3)
+    states, actions = states.to(args.device), actions.to(args.device)
+    cfg = dare_iql.Config(env=ENV, precision=args.precision)
+
+    def update():
+        with dare_iql.autocast(cfg, args.device):
+            loss = behavior_loss(model, states, actions)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return {"behavior update, 4,096": update}
+
+
+def the_rest(args) -> dict:
+    """Buffer, acting, environments, evaluation."""
+    cfg = iql.Config(env=ENV)
+    buffer = filled_buffer(iql, 11, 3, ROWS, args.device)
+    agent = iql.ImplicitQLearning(*buffer.dims, cfg, args.device)
+    calls = {"buffer sample, 256": lambda: buffer.sample(256)}
+    calls["acting, 1 state"] = lambda: agent.act(np.zeros((1, 11)), deterministic=False)
+    for task in (ENV, "halfcheetah-medium-v2", "walker2d-medium-v2", "antmaze-umaze-v2"):
+        env = gymnasium.make(task)
+        env.reset(seed=0)
+        action = np.zeros(env.action_space.shape)
+
+        def steps(env=env, action=action):
+            for _ in range(100):
+                if any(env.step(action)[2:4]):
+                    env.reset()
+
+        calls[f"100 environment steps, {task.split('-')[0]}"] = steps
+    evaluator = iql.Evaluator(cfg)
+    calls["evaluation, 10 episodes, untrained"] = lambda: evaluator(agent)
+    return calls
+
+
+def hardware(args) -> dict:
+    """What the numbers depend on."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), model)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else model
+    versions = {"torch": str(torch.__version__), "mujoco": mujoco.__version__}
+    return {"device": device, "threads": args.threads, "precision": args.precision, **versions}
+
+
+def profile(call, device):
+    """Print the operators that take most of the time of one call."""
+    for _ in range(2):
+        call()
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")
+    with torch.profiler.profile(activities=kinds) as found:
+        for _ in range(5):
+            call()
+    key = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=key, row_limit=20))
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--repeats", type=int, default=50, help="calls of each at most")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each at most")
+    parser.add_argument("--product", type=int, default=2048, help="size of the matrix product")
+    parser.add_argument("--only", default="", help="computations whose name contains this")
+    parser.add_argument("--profile", default="", help="profile those that contain this")
+    parser.add_argument("--output", help="CSV file to append the table to")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda, but torch sees no CUDA device; take --device cpu")
+    return args
+
+
+def main():
+    """Measure and print."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as runs_dir, open(os.devnull, "w") as silence:
+        sys.stdout, stdout = silence, sys.stdout
+        calls = {**updates(args), **online_steps(args, runs_dir), **behavior_update(args)}
+        calls |= the_rest(args)
+        sys.stdout = stdout
+    calls = {name: call for name, call in calls.items() if args.only in name}
+    if not calls:
+        sys.exit(f"error: no computation has {args.only!r} in its name")
+    if args.profile:
+        for name in (name for name in calls if args.profile in name):
+            print(name)
+            profile(calls[name], args.device)
+        return
+    clock, of_machine = Clock(args), hardware(args)
+    print(", ".join(f"{k} {v}" for k, v in of_machine.items()))
+    print(f"{'computation':45}{'ms':>10}{'/s':>10}{'share':>8}{'GFLOP':>9}")
+    rows = []
+    for name, call in calls.items():
+        row = {"computation": name, **clock.measure(call)}
+        rows.append({**row, **of_machine})
+        ms, per_second, share, gflop = (row[k] for k in COLUMNS[1:])
+        print(f"{name:45}{ms:>10}{per_second:>10}{share:>8}{gflop:>9}", flush=True)
+    if args.output:
+        write(Path(args.output), rows)
+
+
+def write(path: Path, rows: list[dict]):
+    """Append rows to a CSV file, with a header if it is new."""
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
