@@ -1,0 +1,57 @@
+"""Command line: python -m d4rl_gymnasium describe ENV --data ..., check FILE ENV."""
+
+import argparse
+import sys
+
+from d4rl_gymnasium import report
+from d4rl_gymnasium.data import DatasetError
+from d4rl_gymnasium.tasks import task
+
+AGREEING = 0.99  # share of the transitions that an intact file of D4RL's has at least
+
+
+def describe(args):
+    """Print what a data set holds and draw its picture."""
+    found, dataset = report.describe(args.env, args.data, args.regenerated_size)
+    print(report.text(args.env, found))
+    path = args.png or f"{args.env}.png"
+    report.picture(args.env, dataset, path)
+    print(f"picture: {path}")
+
+
+def check(args):
+    """Replay a file in the simulator; fail where less than 99% of a comparison agrees."""
+    found = report.check(args.env, args.file, args.limit, args.seed)
+    print(report.check_text(args.env, args.file, found))
+    compared = [found[k] for k in ("observations", "rewards", "terminals") if found[k]["compared"]]
+    if any(result["agree"] < AGREEING * result["compared"] for result in compared):
+        sys.exit(f"error: this is not the physics that made {args.file}: another task's file, or "
+                 "another version of the simulator")  # fmt: skip
+
+
+def main(args=None):
+    """Run the command line; an error ends in one line."""
+    parser = argparse.ArgumentParser(prog="python -m d4rl_gymnasium", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("describe", help="what a data set holds, with a picture")
+    one.add_argument("env", metavar="ENV", help="task id")
+    one.add_argument("--data", default="d4rl", help="d4rl, regenerated or an HDF5 file")
+    one.add_argument("--regenerated_size", type=int, default=200_000, help="transitions to make")
+    one.add_argument("--png", help="picture to write (default: ENV.png)")
+    one.set_defaults(run=describe)
+    other = commands.add_parser("check", help="does the simulator reproduce a D4RL file?")
+    other.add_argument("file", metavar="FILE", help="HDF5 file in D4RL's format")
+    other.add_argument("env", metavar="ENV", help="task id")
+    other.add_argument("--limit", type=int, default=20_000, help="transitions at most, at random")
+    other.add_argument("--seed", type=int, default=0, help="of the draw")
+    other.set_defaults(run=check)
+    args = parser.parse_args(args)
+    try:
+        task(args.env)
+        args.run(args)
+    except (DatasetError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""What a data set holds, and whether the simulator here is the one that made it."""
+
+import gymnasium
+import numpy as np
+
+from d4rl_gymnasium.antmaze import MAZES, cell_center, cells
+from d4rl_gymnasium.data import DatasetError, get_dataset
+from d4rl_gymnasium.tasks import get_normalized_score, task
+
+QUANTILES = (0, 10, 50, 90, 100)
+# tanh and clipping put actions at the bounds; a policy of a good SAC run does so often.
+SATURATED = 0.99
+# States are stored in float32; a contact amplifies its rounding of 6e-8.
+TOLERANCE = 1e-3
+
+
+def episode_bounds(dataset):
+    """First row of each episode (n,) and the row behind its last one (n,)."""
+    ended = dataset["terminals"].astype(bool)
+    if "timeouts" in dataset:
+        ended = ended | dataset["timeouts"].astype(bool)
+    ends = np.flatnonzero(ended) + 1
+    if not len(ends) or ends[-1] < len(ended):
+        ends = np.append(ends, len(ended))  # the file ends within an episode
+    return np.append(0, ends[:-1]), ends
+
+
+def describe(env_id, data="d4rl", regenerated_size=200_000):
+    """Numbers that describe a data set of a task, and the arrays that a picture needs.
+
+    Args:
+        env_id: task id.
+        data: as in `get_dataset`.
+        regenerated_size: as in `get_dataset`.
+
+    Returns:
+        dict of numbers: transitions, episodes, terminals, timeouts, length, return and score (each
+        with its quantiles and its mean over episodes), success_rate and visited cells (AntMaze),
+        action_saturation (share of action components at the bounds); and the dataset.
+
+    Raises:
+        ValueError, DatasetError: as in `get_dataset`.
+    """
+    dataset = get_dataset(env_id, data, regenerated_size)
+    starts, ends = episode_bounds(dataset)
+    returns = np.add.reduceat(dataset["rewards"].astype(np.float64), starts)
+    found = {
+        "transitions": len(dataset["rewards"]),
+        "episodes": len(starts),
+        "terminals": int(dataset["terminals"].sum()),
+        "timeouts": int(dataset["timeouts"].sum()) if "timeouts" in dataset else "no such key",
+        "length": _summary(ends - starts),
+        "return": _summary(returns),
+        "score": _summary(100 * get_normalized_score(env_id, returns)),
+        "action_saturation": float((np.abs(dataset["actions"]) > SATURATED).mean()),
+    }
+    if task(env_id).family == "antmaze":
+        visited, free = visited_cells(env_id, dataset)
+        found["success_rate"] = float((returns > 0).mean())
+        found["visited_cells"] = f"{len(visited)} of {len(free)}"
+    return found, dataset
+
+
+def _summary(values):
+    quantiles = {f"{q}%": float(np.percentile(values, q)) for q in QUANTILES}
+    return {**quantiles, "mean": float(np.mean(values))}
+
+
+def visited_cells(env_id, dataset):
+    """Free cells of a task's maze in which the ant was, and all free cells; sets of (row, col)."""
+    maze = MAZES[task(env_id).env_id.split("-")[1]]["task"]
+    free = {cell for kind in ".rg" for cell in cells(maze, kind)}
+    start = np.array(cells(maze, "r")[0])
+    spacing = cell_center(maze, start + 1)[0]
+    columns_rows = np.round(dataset["observations"][:, :2] / spacing).astype(int)
+    found = {(int(row), int(col)) for col, row in np.unique(columns_rows, axis=0) + start[::-1]}
+    return found & free, free
+
+
+def text(env_id, found):
+    """The numbers of `describe` as lines."""
+    lines = [f"{env_id}: {found['transitions']:,} transitions in {found['episodes']:,} episodes"]
+    lines += [f"terminals {found['terminals']:,}, timeouts {found['timeouts']}"]
+    header = "".join(f"{name:>10}" for name in found["return"])
+    lines += [f"{'per episode':12}{header}"]
+    for name in ("length", "return", "score"):
+        values = "".join(f"{value:10.1f}" for value in found[name].values())
+        lines.append(f"{name:12}{values}")
+    if "success_rate" in found:
+        lines.append(f"success rate {found['success_rate']:.3f}, "
+                     f"free cells visited {found['visited_cells']}")  # fmt: skip
+    lines.append(f"action components at the bounds: {100 * found['action_saturation']:.1f}%")
+    return "\n".join(lines)
+
+
+def picture(env_id, dataset, path):
+    """Draw a PNG: the episodes' scores, or for AntMaze where the ant was, started and had to go."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    starts, _ = episode_bounds(dataset)
+    if task(env_id).family == "antmaze":
+        _draw_maze(ax, env_id, dataset, starts)
+    else:
+        returns = np.add.reduceat(dataset["rewards"].astype(np.float64), starts)
+        ax.hist(100 * get_normalized_score(env_id, returns), bins=50, color="C0")
+        for score, name in ((0, "random"), (100, "expert")):
+            ax.axvline(score, color="0.4", ls="--", lw=1)
+            ax.annotate(name, (score, 1), xycoords=("data", "axes fraction"), ha="center",
+                        va="bottom", color="0.4")  # fmt: skip
+        ax.set(xlabel="normalized score of an episode", ylabel="episodes")
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{env_id}: {len(dataset['rewards']):,} transitions", fontsize=10)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _draw_maze(ax, env_id, dataset, starts):
+    maze = MAZES[task(env_id).env_id.split("-")[1]]["task"]
+    size = cell_center(maze, np.array(cells(maze, "r")[0]) + 1)[0]
+    for wall in cells(maze, "#"):
+        corner = cell_center(maze, wall) - size / 2
+        ax.add_patch(_square(corner, size))
+    xy = dataset["observations"][:: max(1, len(dataset["rewards"]) // 50_000), :2]
+    ax.scatter(*xy.T, s=1, color="C0", alpha=0.2, lw=0, label="visited", rasterized=True)
+    ax.scatter(*dataset["observations"][starts, :2].T, s=12, color="C1", label="starts")
+    if "infos/goal" in dataset:
+        goals = np.unique(dataset["infos/goal"][starts], axis=0)
+        ax.scatter(*goals.T, s=20, marker="*", color="C3", label="goals")
+    ax.set(aspect="equal", xlabel="x (m)", ylabel="y (m)")
+    legend = ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    legend.legend_handles[0].set(alpha=1.0, sizes=[12])
+
+
+def _square(corner, size):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, size, size, color="0.75", lw=0)
+
+
+def check(env_id, path, limit=20_000, seed=0):
+    """Replay transitions of a D4RL file in the simulator and compare what comes out.
+
+    A transition starts from infos/qpos and infos/qvel of its row; where the file has none, from
+    its observation, which lacks only x (rows with a velocity at the observation's bound are left
+    out). Compared are the observation of the next row, within an episode, the reward and the
+    terminal; on AntMaze the last two need infos/goal.
+
+    Args:
+        env_id: task id.
+        path: an HDF5 file in D4RL's format.
+        limit: transitions to replay at most, drawn at random.
+        seed: of the draw.
+
+    Returns:
+        dict: states ("infos" or "observations"), transitions (replayed), and for observations,
+        rewards and terminals the number compared, the number that agree (to 1e-3 of 1 + |value|)
+        and the median, 99% quantile and maximum of the error.
+
+    Raises:
+        ValueError, DatasetError: as in `get_dataset`, or nothing can be replayed.
+    """
+    dataset = get_dataset(env_id, str(path))
+    env = gymnasium.make(env_id).unwrapped
+    env.reset(seed=seed)
+    qpos, qvel, usable, states = _states(env, dataset)
+    rows = np.random.default_rng(seed).permutation(np.flatnonzero(usable))[:limit]
+    if not len(rows):
+        raise DatasetError(f"{path} has no transition that can be replayed")
+    _, ends = episode_bounds(dataset)
+    last = np.zeros(len(usable), bool)
+    last[ends - 1] = True
+    maze = task(env_id).family == "antmaze"
+    judged = not maze or "infos/goal" in dataset
+    errors = {"observations": [], "rewards": [], "terminals": []}
+    for row in rows:
+        if maze and judged:
+            env.set_target(dataset["infos/goal"][row])
+        env.set_state(qpos[row], qvel[row])
+        observation, reward, terminated, _, _ = env.step(dataset["actions"][row])
+        if not last[row]:
+            expected = dataset["observations"][row + 1]
+            errors["observations"].append(_error(observation, expected))
+        if judged:
+            errors["rewards"].append(_error(reward, dataset["rewards"][row]))
+            errors["terminals"].append(float(terminated != dataset["terminals"][row]))
+    env.close()
+    found = {name: _agreement(np.array(values)) for name, values in errors.items()}
+    return {"states": states, "transitions": len(rows), **found}
+
+
+def _states(env, dataset):
+    """Positions (N, nq), velocities (N, nv), which rows can be replayed (N,), and their source."""
+    n = len(dataset["rewards"])
+    if {"infos/qpos", "infos/qvel"} <= dataset.keys():
+        return dataset["infos/qpos"], dataset["infos/qvel"], np.ones(n, bool), "infos"
+    observations = dataset["observations"].astype(np.float64)
+    positions, velocities = np.split(observations, [observations.shape[1] - env.model.nv], axis=1)
+    usable = np.ones(n, bool)
+    if positions.shape[1] == env.model.nq - 1:
+        positions = np.hstack([np.zeros((n, 1)), positions])
+        usable = (np.abs(velocities) < env.max_observed_speed).all(1)
+    return positions, velocities, usable, "observations"
+
+
+def _error(found, expected):
+    """Largest error in units of 1 + |expected|."""
+    return float(np.max(np.abs(found - expected) / (1 + np.abs(expected))))
+
+
+def _agreement(errors):
+    if not len(errors):
+        return {"compared": 0, "agree": 0}
+    found = {"compared": len(errors), "agree": int((errors <= TOLERANCE).sum())}
+    quantiles = zip(("median", "99%", "largest"), np.percentile(errors, [50, 99, 100]), strict=True)
+    return found | {name: float(value) for name, value in quantiles}
+
+
+def check_text(env_id, path, found):
+    """The numbers of `check` as lines."""
+    lines = [f"{path} as {env_id}: {found['transitions']:,} transitions replayed from their "
+             f"{found['states']}"]  # fmt: skip
+    for name in ("observations", "rewards", "terminals"):
+        result = found[name]
+        if not result["compared"]:
+            lines.append(f"{name}: not compared, the file has no infos/goal")
+            continue
+        share = 100 * result["agree"] / result["compared"]
+        errors = ", ".join(f"{k} {result[k]:.1e}" for k in ("median", "99%", "largest"))
+        lines.append(
+            f"{name}: {result['agree']:,} of {result['compared']:,} agree ({share:.2f}%)"
+            + (f"; error {errors}" if name != "terminals" else "")
+        )
+    return "\n".join(lines)
