@@ -809,8 +809,7 @@ class DARE:
 
 def behavior_model(cfg: Config, run, buffer: ReplayBuffer) -> BehaviorModel:
     """Train nu_0 on the dataset, or take the cached one; states and actions alone matter."""
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.behavior_seed)
+    with own_draws(cfg.behavior_seed, buffer.rows.device):
         model = BehaviorModel(*buffer.dims, cfg.behavior_width).to(buffer.rows.device)
     data = buffer.batch(buffer.rows[: buffer.size])
     with cached(cfg, "behavior", BEHAVIOR_FIELDS, buffer.digest(sum(buffer.dims))) as path:
@@ -1025,7 +1024,8 @@ class Run:
 
     def evaluate(self, phase: str, step: int, agent, evaluator):
         """Evaluate, record it, redraw curve.png; a plain line where there is no bar."""
-        result = evaluator(agent)
+        with own_draws(self.cfg.eval_seed, agent.device):
+            result = evaluator(agent)
         self.score = f"{result['normalized_score']:.1f}"
         self.append("eval", {"phase": phase, "step": step, **result})
         self.plot()
@@ -1096,6 +1096,14 @@ class Run:
         print(f"{self.cfg.name} on {self.cfg.env} (data: {self.cfg.data}), seed {self.cfg.seed}: "
               f"offline score {offline:.1f}, mean of the last four evaluations {last:.1f}, "
               f"best {best:.1f}\ncurve: {self.dir / 'curve.png'}")  # fmt: skip
+
+
+@contextmanager
+def own_draws(seed: int, device):
+    """Draw from a seed of one's own and leave the run's random state as it was."""
+    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def write(path: Path, text: str):

@@ -13,6 +13,7 @@ import cal_ql
 import dare_cql
 import dare_iql
 import iql
+import pex
 
 REPOSITORY = Path(__file__).parents[1]
 ENVS_OF_THE_PAPER = """
@@ -151,6 +152,13 @@ def test_resolved_settings_of_the_cql_group(env, guidance_scale):
     assert of_cal_ql == {k: resolved[k] for k in of_cal_ql}
 
 
+@pytest.mark.parametrize("env", ENVS_OF_THE_PAPER)
+def test_pex_has_the_settings_of_iql_and_its_own(env):
+    resolved = dataclasses.asdict(parse("--env", env, script=pex))
+    of_iql = dataclasses.asdict(parse("--env", env, script=iql)) | {"name": "pex"}
+    assert resolved == of_iql | {"inv_temperature": 10.0, "eval_epsilon": 0.1}
+
+
 @pytest.mark.parametrize("script", [dare_iql, dare_cql])
 def test_every_setting_has_its_place_in_or_beside_the_cache_key(script):
     """What is not in the key changes nothing offline, or acts on the data, which is in it too."""
@@ -165,7 +173,7 @@ def test_every_setting_has_its_place_in_or_beside_the_cache_key(script):
 
 
 def test_defaults_are_those_of_the_default_task():
-    for script in (iql, dare_iql, cal_ql, dare_cql):
+    for script in (iql, dare_iql, cal_ql, dare_cql, pex):
         assert parse(script=script) == parse("--env", "antmaze-umaze-v2", script=script)
     assert parse().env == "antmaze-umaze-v2"
 
@@ -330,7 +338,7 @@ def test_help_shows_every_field_with_its_comment(wide_terminal):
         assert comment and f"--{name} {kinds[name]} {comment} (default: " in described, name
 
 
-@pytest.mark.parametrize("script", [iql, cal_ql, dare_cql])
+@pytest.mark.parametrize("script", [iql, cal_ql, dare_cql, pex])
 def test_help_of_the_other_scripts(capsys, wide_terminal, script):
     with pytest.raises(SystemExit) as stop:
         parse("--help", script=script)

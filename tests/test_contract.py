@@ -14,7 +14,11 @@ NAMES = [path.name for path in SCRIPTS]
 DIFFUSION = sorted((REPOSITORY / "diffusion").glob("*.py"))
 PACKAGES = ["d4rl_gymnasium", "diffusion"]
 # Baseline, variant, the mark of a hunk
-PAIRS = [("iql.py", "dare_iql.py", "# DARE"), ("cal_ql.py", "dare_cql.py", "# DARE")]
+PAIRS = [
+    ("iql.py", "dare_iql.py", "# DARE"),
+    ("cal_ql.py", "dare_cql.py", "# DARE"),
+    ("iql.py", "pex.py", "# PEX"),
+]
 # Definitions of one name that are another thing in each group of methods
 OF_THE_GROUP = {"Config", "Batch", "TwinQ", "reward_transform", "fine_tune", "main"}
 MAX_HUNKS, MAX_DELETED, MAX_FUNCTION, MAX_DIFFUSION = 10, 5, 45, 480

@@ -10,11 +10,12 @@ import cal_ql
 import dare_cql
 import dare_iql
 import iql
+import pex
 
 S, A, B = 5, 2, 64
-SCRIPTS = [iql, dare_iql, cal_ql, dare_cql]
+SCRIPTS = [iql, dare_iql, cal_ql, dare_cql, pex]
 AGENTS = {iql: "ImplicitQLearning", dare_iql: "ImplicitQLearning", cal_ql: "CalQL"}
-AGENTS[dare_cql] = "CalQL"
+AGENTS |= {dare_cql: "CalQL", pex: "ImplicitQLearning"}
 DATA = Path(__file__).parent / "data" / "sample_hopper.hdf5"
 
 

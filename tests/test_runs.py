@@ -23,6 +23,7 @@ import d4rl_gymnasium as d4rl
 import dare_cql
 import dare_iql
 import iql
+import pex
 
 DATA = Path(__file__).parent / "data" / "sample_hopper.hdf5"
 ENV = "hopper-medium-v2"
@@ -560,7 +561,7 @@ def test_weights_that_break_with_finite_losses_are_not_saved(
     assert all(x.isfinite().all() for x in state["agent"]["actor"].values())
 
 
-@pytest.mark.parametrize("script", [iql, dare_iql, cal_ql, dare_cql])
+@pytest.mark.parametrize("script", [iql, dare_iql, cal_ql, dare_cql, pex])
 def test_an_unknown_data_path_ends_in_one_line(tmp_path, script):
     file = tmp_path / "no_such_file.hdf5"
     message = last_line(tmp_path / "runs", script, "--data", str(file))
