@@ -61,6 +61,7 @@ class Config:
     regenerated_size: int = 200_000  # transitions that --data regenerated collects
     seed: int = 0  # seeds networks, batches, exploration and the training environment
     device: str = "auto"  # auto, cpu or cuda
+    compile: bool = False  # compile the losses: a minute at the start; needs a C++ compiler
     precision: str = "fp32"  # of the networks' products: fp32, bf16 or auto (bf16 if faster)
     threads: int = 1  # CPU threads: one per run, as two runs beat two threads; 0 takes all cores
     runs_dir: str = "runs"  # a run writes <runs_dir>/<name>/<env>/seed_<seed>/
@@ -573,8 +574,8 @@ class CalQL:
         q = torch.func.functional_call(self.qf, frozen, (batch.observations, actions))
         return (self.factors["log_alpha"].exp().detach() * log_pi - q).mean(), log_pi.detach()
 
-    def update(self, batch: Batch) -> dict:
-        """One step on all networks; all losses come from the weights before it."""
+    def losses(self, batch: Batch):
+        """Sum of all losses, a scalar, and what to log of them."""
         policy = self.actor(batch.observations)
         with torch.no_grad():
             next_policy = self.actor(batch.next_observations)
@@ -584,17 +585,22 @@ class CalQL:
         alpha = self.factors["log_alpha"].exp()
         alpha_prime = self.factors["log_alpha_prime"].exp().clamp(max=ALPHA_PRIME_MAX)
         alpha_prime_loss = -0.5 * alpha_prime * regularizer.detach()
-
-        # The losses share no parameter: one backward pass and one step serve all.
-        self.optimizer.zero_grad(set_to_none=True)
         critic_loss = q_loss + alpha_prime.detach() * regularizer
-        (critic_loss + actor_loss + alpha_loss + alpha_prime_loss).backward()
+        losses = {"q_loss": q_loss, "regularizer": regularizer, "actor_loss": actor_loss}
+        means = {"q": mean_q, "log_pi": log_pi.mean(), "alpha": alpha, "alpha_prime": alpha_prime}
+        metrics = {k: x.detach() for k, x in {**losses, **means}.items()}
+        return critic_loss + actor_loss + alpha_loss + alpha_prime_loss, metrics
+
+    def update(self, batch: Batch) -> dict:
+        """One step on all networks; all losses come from the weights before it."""
+        # The losses share no parameter: one backward pass and one step serve all.
+        loss, metrics = self.losses(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
         self.optimizer.step()
         self.update_target()
         self.iterations += 1
-        losses = {"q_loss": q_loss, "regularizer": regularizer, "actor_loss": actor_loss}
-        means = {"q": mean_q, "log_pi": log_pi.mean(), "alpha": alpha, "alpha_prime": alpha_prime}
-        return {k: x.detach() for k, x in {**losses, **means}.items()}
+        return metrics
 
     @torch.no_grad()
     def update_target(self):
@@ -942,7 +948,7 @@ class Run:
         path = self.dir / "config.yaml"
         if path.exists():
             old = yaml.safe_load(path.read_text())
-            free = ("device", "threads", "wandb", "project", "runs_dir")
+            free = ("device", "compile", "threads", "wandb", "project", "runs_dir")
             new = [k for k, v in self.settings.items() if k not in free and old.get(k) != v]
             if new:
                 sys.exit(f"error: {self.dir} has other settings of {', '.join(new)}; repeat them "
@@ -1280,6 +1286,8 @@ def main(args: list[str] | None = None):
     run = Run(cfg)
     torch.manual_seed(cfg.seed)
     agent, evaluator = CalQL(*dims, cfg, device), Evaluator(cfg)
+    if cfg.compile:
+        agent.losses = torch.compile(agent.losses)
     if cfg.normalize:
         agent.standardize(dataset["observations"])
     if not run.resumed or run.resumed["phase"] == "offline":

@@ -59,6 +59,7 @@ class Config:
     regenerated_size: int = 200_000  # transitions that --data regenerated collects
     seed: int = 0  # seeds networks, batches, exploration and the training environment
     device: str = "auto"  # auto, cpu or cuda
+    compile: bool = False  # compile the losses: a minute at the start; needs a C++ compiler
     precision: str = "fp32"  # of the networks' products: fp32, bf16 or auto (bf16 if faster)
     threads: int = 1  # CPU threads: one per run, as two runs beat two threads; 0 takes all cores
     runs_dir: str = "runs"  # a run writes <runs_dir>/<name>/<env>/seed_<seed>/
@@ -453,8 +454,8 @@ class ImplicitQLearning:
             losses = torch.cat([losses[: self.cfg.n_offline], online_losses])
         return losses.mean()
 
-    def update(self, batch: Batch) -> dict:
-        """One step on all networks; advantage and V(s') come from V before its step."""
+    def losses(self, batch: Batch):
+        """Sum of all losses, a scalar, and what to log of them."""
         with torch.no_grad():
             target_q = self.q_target(batch.observations, batch.actions)
             next_v = self.vf(batch.next_observations)
@@ -463,17 +464,22 @@ class ImplicitQLearning:
         value_loss = self.value_loss(batch, advantage)
         q_loss = self.critic_loss(batch, next_v)
         actor_loss = self.actor_loss(batch, advantage.detach())
+        losses = {"value_loss": value_loss, "q_loss": q_loss, "actor_loss": actor_loss}
+        means = {"q": target_q.mean(), "v": v.mean(), "advantage": advantage.mean()}
+        metrics = {k: x.detach() for k, x in {**losses, **means}.items()}
+        return value_loss + q_loss + actor_loss, metrics
 
+    def update(self, batch: Batch) -> dict:
+        """One step on all networks; advantage and V(s') come from V before its step."""
         # The three losses share no parameter: one backward pass and one step serve all.
+        loss, metrics = self.losses(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        (value_loss + q_loss + actor_loss).backward()
+        loss.backward()
         self.optimizer.step()
         self.update_target()
         self.iterations += 1
         self.set_actor_lr()
-        losses = {"value_loss": value_loss, "q_loss": q_loss, "actor_loss": actor_loss}
-        means = {"q": target_q.mean(), "v": v.mean(), "advantage": advantage.mean()}
-        return {k: x.detach() for k, x in {**losses, **means}.items()}
+        return metrics
 
     def set_actor_lr(self):
         """Cosine decay over the offline phase, constant online (IQL's authors, PEX)."""
@@ -828,7 +834,7 @@ class Run:
         path = self.dir / "config.yaml"
         if path.exists():
             old = yaml.safe_load(path.read_text())
-            free = ("device", "threads", "wandb", "project", "runs_dir")
+            free = ("device", "compile", "threads", "wandb", "project", "runs_dir")
             new = [k for k, v in self.settings.items() if k not in free and old.get(k) != v]
             if new:
                 sys.exit(f"error: {self.dir} has other settings of {', '.join(new)}; repeat them "
@@ -1163,6 +1169,8 @@ def main(args: list[str] | None = None):
     run = Run(cfg)
     torch.manual_seed(cfg.seed)
     agent, evaluator = ImplicitQLearning(*dims, cfg, device), Evaluator(cfg)
+    if cfg.compile:
+        agent.losses = torch.compile(agent.losses)
     if not run.resumed or run.resumed["phase"] == "offline":
         offline_agent(cfg, run, agent, offline_buffer, evaluator)
     fine_tune(cfg, run, agent, offline_buffer, transform, evaluator)

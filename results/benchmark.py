@@ -113,6 +113,8 @@ def updates(args) -> dict:
         cfg = script.Config(env=ENV, precision=args.precision, **more)
         buffer = filled_buffer(script, 11, 3, ROWS, args.device)
         agent = getattr(script, agent_class)(*buffer.dims, cfg, args.device)
+        if args.compile:
+            agent.losses = torch.compile(agent.losses)
         calls[name] = lambda s=script, c=cfg, a=agent, b=buffer: step(s, c, a, b)
     return calls
 
@@ -133,6 +135,8 @@ def online_steps(args, runs_dir) -> dict:
         offline, online = (filled_buffer(script, 11, 3, size, args.device) for size in (ROWS, 256))
         agent = getattr(script, agent_class)(*offline.dims, cfg, args.device)
         agent.start_online()
+        if args.compile:
+            agent.losses = torch.compile(agent.losses)
         dare = script.DARE(cfg, SimpleNamespace(stop=False), offline, online)
         state = s = script, cfg, agent, dare, offline, online
         calls[f"{script.__name__} online update"] = lambda s=state: online_step(*s)
@@ -215,7 +219,8 @@ def hardware(args) -> dict:
         model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), model)
     device = torch.cuda.get_device_name() if args.device == "cuda" else model
     versions = {"torch": str(torch.__version__), "mujoco": mujoco.__version__}
-    return {"device": device, "threads": args.threads, "precision": args.precision, **versions}
+    settings = {k: getattr(args, k) for k in ("threads", "precision", "compile")}
+    return {"device": device, **settings, **versions}
 
 
 def profile(call, device):
@@ -236,6 +241,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--compile", action="store_true", help="compile the agents' losses")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--repeats", type=int, default=50, help="calls of each at most")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each at most")
@@ -269,13 +275,13 @@ def main():
         return
     clock, of_machine = Clock(args), hardware(args)
     print(", ".join(f"{k} {v}" for k, v in of_machine.items()))
-    print(f"{'computation':45}{'ms':>10}{'/s':>10}{'share':>8}{'GFLOP':>9}")
+    print(f"{'computation':45}{'ms':>10}{'/s':>10}{'share':>8}{'GFLOP':>12}")
     rows = []
     for name, call in calls.items():
         row = {"computation": name, **clock.measure(call)}
         rows.append({**row, **of_machine})
         ms, per_second, share, gflop = (row[k] for k in COLUMNS[1:])
-        print(f"{name:45}{ms:>10}{per_second:>10}{share:>8}{gflop:>9}", flush=True)
+        print(f"{name:45}{ms:>10}{per_second:>10}{share:>8}{gflop:>12}", flush=True)
     if args.output:
         write(Path(args.output), rows)
 

@@ -118,3 +118,29 @@ def test_sampling_a_batch():
     buffer.rows.normal_()
     buffer.size = 20
     captured(lambda: buffer.sample(B))
+
+
+@pytest.mark.parametrize("script", AGENTS, ids=NAMES)
+@pytest.mark.parametrize("online", [False, True])
+def test_losses_are_one_graph_for_the_compiler(script, online):
+    """Traced without a break; the back end that runs the trace as it is needs no compiler."""
+    results = []
+    for compiled in (False, True):
+        agent, batch = agent_of(script), batch_of_seed(script)
+        if online:
+            agent.start_online()
+        losses = agent.losses
+        if compiled:
+            torch.compiler.reset()
+            losses = torch.compile(losses, backend="eager", fullgraph=True)
+        torch.manual_seed(1)
+        loss, metrics = losses(batch)
+        loss.backward()
+        parameters = [p for group in agent.optimizer.param_groups for p in group["params"]]
+        results.append((loss, metrics, [p.grad for p in parameters]))
+    torch.testing.assert_close(*results)
+
+
+def batch_of_seed(script):
+    torch.manual_seed(3)
+    return batch_of(script)
