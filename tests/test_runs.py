@@ -277,6 +277,8 @@ def test_rewards_and_returns_of_both_buffers(monkeypatch, tmp_path):
     def watched_step(self, action):
         transition = step(self, action)
         raw.append(transition[2])
+        if len(raw) == 8:  # an episode that ends by time-out
+            transition = (*transition[:4], False, True)
         return transition
 
     def watched_add(self, *columns):
@@ -285,7 +287,7 @@ def test_rewards_and_returns_of_both_buffers(monkeypatch, tmp_path):
 
     monkeypatch.setattr(cal_ql.TrainingEnv, "step", watched_step)
     monkeypatch.setattr(cal_ql.ReplayBuffer, "add", watched_add)
-    run(tmp_path, cal_ql, *"--offline_iterations 1 --online_iterations 20".split())
+    path = run(tmp_path, cal_ql, *"--offline_iterations 1 --online_iterations 12".split())
     (_, _, rewards, _, terminals, returns), *online = added
     dataset = d4rl.qlearning_dataset(ENV, data=DATA)
     np.testing.assert_allclose(rewards, 10 * dataset["rewards"] - 5, rtol=1e-6)
@@ -296,6 +298,9 @@ def test_rewards_and_returns_of_both_buffers(monkeypatch, tmp_path):
     discounts = 0.99 ** np.arange(first)
     assert first > 5
     np.testing.assert_allclose(returns[0], (discounts * rewards[:first]).sum(), rtol=1e-5)
+    found = checkpoint(path)["online_buffer"]["rows"][:, -1]
+    assert found[7].item() == pytest.approx(10 * raw[7] - 5)
+    assert found[:8].isfinite().all() and (found[8:] == cal_ql.UNFINISHED).all()
 
 
 def test_summary(finished):
