@@ -7,7 +7,7 @@ from d4rl_gymnasium import report
 from d4rl_gymnasium.data import DatasetError
 from d4rl_gymnasium.tasks import task
 
-AGREEING = 0.99  # share of the transitions that an intact file of D4RL's has at least
+AGREEING = 0.99  # of a comparison; below it the file is taken for one of other physics
 
 
 def describe(args):

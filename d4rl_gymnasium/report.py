@@ -8,7 +8,7 @@ from d4rl_gymnasium.data import DatasetError, get_dataset
 from d4rl_gymnasium.tasks import get_normalized_score, task
 
 QUANTILES = (0, 10, 50, 90, 100)
-# tanh and clipping put actions at the bounds; a policy of a good SAC run does so often.
+# An action component counts as at its bound, 1, from this size on.
 SATURATED = 0.99
 # States are stored in float32; a contact amplifies its rounding of 6e-8.
 TOLERANCE = 1e-3
