@@ -51,6 +51,7 @@ class Config:
     seed: int = 0  # seeds networks, batches, exploration and the training environment
     device: str = "auto"  # auto, cpu or cuda
     compile: bool = False  # compile the losses: a minute at the start; needs a C++ compiler
+    cuda_graph: bool = True  # on CUDA, replay each update as one graph (no effect on a CPU)
     precision: str = "fp32"  # of the networks' products: fp32, bf16 or auto (bf16 if faster)
     threads: int = 1  # CPU threads: one per run, as two runs beat two threads; 0 takes all cores
     runs_dir: str = "runs"  # a run writes <runs_dir>/<name>/<env>/seed_<seed>/
@@ -228,6 +229,7 @@ class ReplayBuffer:
         self.widths = [widths.get(name, 1) for name in Batch._fields]
         self.rows = torch.empty(capacity, sum(self.widths), device=device)
         self.size = 0
+        self.n_drawable = torch.zeros((), dtype=torch.int64, device=device)  # size, for sample
 
     def add(self, *transitions: np.ndarray):
         """Append the columns of a Batch, each with one row per transition."""
@@ -235,6 +237,7 @@ class ReplayBuffer:
         rows = torch.from_numpy(np.concatenate(columns, 1))
         self.rows[self.size : self.size + len(rows)] = rows.to(self.rows.device)
         self.size += len(rows)
+        self.n_drawable.fill_(self.size)
 
     def batch(self, rows: torch.Tensor) -> Batch:
         """Split rows [B, W] into their columns."""
@@ -243,8 +246,10 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Batch:
         """Draw rows uniformly, with replacement."""
-        index = torch.randint(self.size, (batch_size,), device=self.rows.device)
-        return self.batch(self.rows[index])
+        # A size on the device, so that a recorded update draws from rows that come after it.
+        draws = torch.randint(1 << 62, (batch_size,), device=self.rows.device)
+        self.index = draws % self.n_drawable
+        return self.batch(self.rows[self.index])
 
     def digest(self, width: int | None = None) -> str:
         """Fingerprint of the first columns of the data, or of all."""
@@ -259,6 +264,7 @@ class ReplayBuffer:
         """Inverse of state_dict."""
         self.size = len(state["rows"])
         self.rows[: self.size] = state["rows"]
+        self.n_drawable.fill_(self.size)
 
 
 def concatenate(first: Batch, second: Batch) -> Batch:
@@ -440,10 +446,11 @@ class CalQL:
                 {"params": [*self.actor.parameters(), log_alpha], "lr": cfg.policy_lr},
             ],
             fused=True,
+            capturable=True,
         )
         self.target_entropy = -float(action_dim)
         self.cfg, self.device = cfg, device
-        self.iterations = 0
+        self.iterations = torch.zeros((), dtype=torch.int64, device=device)
         self.online = False
 
     def standardize(self, observations: np.ndarray):
@@ -554,13 +561,14 @@ class CalQL:
     def state_dict(self) -> dict:
         """Networks, targets, factors and optimizer."""
         parts = {k: getattr(self, k).state_dict() for k in self.PARTS}
-        return {**parts, "iterations": self.iterations, "online": self.online}
+        return {**parts, "iterations": self.iterations.item(), "online": self.online}
 
     def load_state_dict(self, state: dict):
         """Inverse of state_dict."""
         for k in self.PARTS:
             getattr(self, k).load_state_dict(state[k])
-        self.iterations, self.online = state["iterations"], state["online"]
+        self.iterations.fill_(state["iterations"])
+        self.online = state["online"]
 
 
 # --- Evaluation ---
@@ -637,7 +645,7 @@ class Run:
         path = self.dir / "config.yaml"
         if path.exists():
             old = yaml.safe_load(path.read_text())
-            free = ("device", "compile", "threads", "wandb", "project", "runs_dir")
+            free = ("device", "compile", "cuda_graph", "threads", "wandb", "project", "runs_dir")
             new = [k for k, v in self.settings.items() if k not in free and old.get(k) != v]
             if new:
                 sys.exit(f"error: {self.dir} has other settings of {', '.join(new)}; repeat them "
@@ -857,6 +865,51 @@ def autocast(cfg: Config, device: str):
     return torch.autocast(torch.device(device).type, torch.bfloat16, on, cache_enabled=False)
 
 
+class CudaGraph:
+    """A function whose kernels are recorded once and replayed from then on, without Python.
+
+    What it changes must be tensors that stay where they are (a number would be frozen in the
+    recording); its results are the same tensors at every replay. It takes no arguments.
+    """
+
+    WARM_UP_CALLS = 3  # on a stream of their own, as PyTorch asks for before a recording
+
+    def __init__(self, function, generator=None):
+        self.function, self.calls = function, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        if generator is not None:
+            self.graph.register_generator_state(generator)
+
+    def __call__(self):
+        """Call, record or replay it."""
+        self.calls += 1
+        if self.calls <= self.WARM_UP_CALLS:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.results = self.function()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.results
+        if self.calls == self.WARM_UP_CALLS + 1:
+            with torch.cuda.graph(self.graph):
+                self.results = self.function()
+        self.graph.replay()
+        return self.results
+
+
+def accelerated(update, cfg: Config, device: str, generator=None):
+    """An update without arguments in cfg.precision and, where cfg.cuda_graph says so, as a graph.
+
+    A generator that it draws from, other than the default one, has to be named.
+    """
+
+    def in_precision():
+        with autocast(cfg, device):
+            return update()
+
+    on = cfg.cuda_graph and device == "cuda"
+    return CudaGraph(in_precision, generator) if on else in_precision
+
+
 class TrainingEnv:
     """The environment that fine-tuning acts in, with all that a checkpoint needs of it."""
 
@@ -893,11 +946,10 @@ def train_offline(cfg: Config, run: Run, agent, buffer: ReplayBuffer, evaluator)
     start = run.restore("offline", parts)
     if start == 0:
         run.save("offline", 0, parts)
+    update = accelerated(lambda: agent.update(buffer.sample(cfg.batch_size)), cfg, agent.device)
     bar = progress_bar("offline", start, cfg.offline_iterations)
     for step in bar:
-        with autocast(cfg, agent.device):
-            metrics = agent.update(buffer.sample(cfg.batch_size))
-        run.add(metrics)
+        run.add(update())
         run.after_step("offline", step + 1, bar, parts, evaluator)
 
 
@@ -921,6 +973,14 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
     env = TrainingEnv(cfg)
     online_buffer = ReplayBuffer(*offline_buffer.dims, cfg.online_iterations, agent.device)
     parts = {"agent": agent, "online_buffer": online_buffer, "env": env}
+
+    def update() -> dict:
+        """A step of the agent on half offline and half online data."""
+        offline_batch = offline_buffer.sample(cfg.n_offline)
+        online_batch = online_buffer.sample(cfg.batch_size - cfg.n_offline)
+        return agent.update(concatenate(offline_batch, online_batch))
+
+    update = accelerated(update, cfg, agent.device)
     run.clock, run.clock_step = time.perf_counter(), 0
     start = run.restore("online", parts)
     if start == 0:
@@ -932,16 +992,14 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
         if not np.isfinite(action).all():
             run.write_means("online", step)  # names the loss that is not finite either
             run.stop_on_nan("the policy's action", "online", step)
+        # Before the environment, whose step then runs while a GPU is at work on the update.
+        for _ in range(cfg.utd if step >= cfg.initial_collection_steps else 0):
+            run.add(update())
         state, action, reward, next_state, terminated, truncated = env.step(action)
         reward = reward * transform[0] + transform[1]
         online_buffer.add([state], [action], [reward], [next_state], [terminated], [UNFINISHED])
         if terminated or truncated:
             finish_episode(online_buffer, cfg)
-        with autocast(cfg, agent.device):
-            for _ in range(cfg.utd if step >= cfg.initial_collection_steps else 0):
-                offline_batch = offline_buffer.sample(cfg.n_offline)
-                online_batch = online_buffer.sample(cfg.batch_size - cfg.n_offline)
-                run.add(agent.update(concatenate(offline_batch, online_batch)))
         run.after_step("online", step + 1, bar, parts, evaluator)
 
 

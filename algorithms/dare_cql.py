@@ -62,6 +62,7 @@ class Config:
     seed: int = 0  # seeds networks, batches, exploration and the training environment
     device: str = "auto"  # auto, cpu or cuda
     compile: bool = False  # compile the losses: a minute at the start; needs a C++ compiler
+    cuda_graph: bool = True  # on CUDA, replay each update as one graph (no effect on a CPU)
     precision: str = "fp32"  # of the networks' products: fp32, bf16 or auto (bf16 if faster)
     threads: int = 1  # CPU threads: one per run, as two runs beat two threads; 0 takes all cores
     runs_dir: str = "runs"  # a run writes <runs_dir>/<name>/<env>/seed_<seed>/
@@ -110,6 +111,7 @@ class Config:
     online_loss: str = "td"  # on online-like rows: td (Eq. 14: no R) or none (R, as Cal-QL)
     align: str = "gaussian_kl"  # reading of Eq. 7: gaussian_kl or softmax_kl
     n_reference: int = 1  # reference actions per state
+    reference: str = "guided"  # guided sampling (Eq. 6), or resample K support actions by Q
     guidance_scale: float = 3.0  # s, Table 7 by task; 0 is the ablation of Sec. 7.6
     diffusion_steps: int = 15  # solver steps of a reference action (CEP)
     behavior_seed: int = 0  # seeds the behavior model; one model serves every --seed
@@ -118,7 +120,7 @@ class Config:
     behavior_lr: float = 1e-4  # App. B.5
     behavior_width: int = 512  # widest layer of the behavior model (CEP)
     n_support: int = 16  # K, support actions per state of Eq. 34 (AntMaze: 32)
-    n_support_states: int = 0  # dataset states that get support actions; 0 is all
+    n_support_states: int = 0  # dataset states that get support actions; 0 (and resample) is all
     energy_hidden: int = 256  # hidden units of f_phi, App. B.5
     energy_beta: float = 3.0  # beta_E of Eq. 34 (CEP)
     energy_normalize: bool = True  # divide Q by the running mean of its spread over K actions
@@ -214,6 +216,7 @@ CHOICES |= {
     "exchange": ["gaussian", "direct", "none"],
     "online_loss": ["td", "none"],
     "align": ["gaussian_kl", "softmax_kl"],
+    "reference": ["guided", "resample"],
 }
 LOWEST |= {"n_support": 2, "behavior_width": 4, "energy_hidden": 1, "energy_batch_size": 2}
 LOWEST |= dict.fromkeys("n_reference diffusion_steps behavior_batch_size".split(), 1)
@@ -293,6 +296,7 @@ class ReplayBuffer:
         self.widths = [widths.get(name, 1) for name in Batch._fields]
         self.rows = torch.empty(capacity, sum(self.widths), device=device)
         self.size = 0
+        self.n_drawable = torch.zeros((), dtype=torch.int64, device=device)  # size, for sample
 
     def add(self, *transitions: np.ndarray):
         """Append the columns of a Batch, each with one row per transition."""
@@ -300,6 +304,7 @@ class ReplayBuffer:
         rows = torch.from_numpy(np.concatenate(columns, 1))
         self.rows[self.size : self.size + len(rows)] = rows.to(self.rows.device)
         self.size += len(rows)
+        self.n_drawable.fill_(self.size)
 
     def batch(self, rows: torch.Tensor) -> Batch:
         """Split rows [B, W] into their columns."""
@@ -308,8 +313,10 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Batch:
         """Draw rows uniformly, with replacement."""
-        index = torch.randint(self.size, (batch_size,), device=self.rows.device)
-        return self.batch(self.rows[index])
+        # A size on the device, so that a recorded update draws from rows that come after it.
+        draws = torch.randint(1 << 62, (batch_size,), device=self.rows.device)
+        self.index = draws % self.n_drawable
+        return self.batch(self.rows[self.index])
 
     def digest(self, width: int | None = None) -> str:
         """Fingerprint of the first columns of the data, or of all."""
@@ -324,6 +331,7 @@ class ReplayBuffer:
         """Inverse of state_dict."""
         self.size = len(state["rows"])
         self.rows[: self.size] = state["rows"]
+        self.n_drawable.fill_(self.size)
 
 
 def concatenate(first: Batch, second: Batch) -> Batch:
@@ -505,10 +513,11 @@ class CalQL:
                 {"params": [*self.actor.parameters(), log_alpha], "lr": cfg.policy_lr},
             ],
             fused=True,
+            capturable=True,
         )
         self.target_entropy = -float(action_dim)
         self.cfg, self.device = cfg, device
-        self.iterations = 0
+        self.iterations = torch.zeros((), dtype=torch.int64, device=device)
         self.online = False
 
     def standardize(self, observations: np.ndarray):
@@ -623,13 +632,14 @@ class CalQL:
     def state_dict(self) -> dict:
         """Networks, targets, factors and optimizer."""
         parts = {k: getattr(self, k).state_dict() for k in self.PARTS}
-        return {**parts, "iterations": self.iterations, "online": self.online}
+        return {**parts, "iterations": self.iterations.item(), "online": self.online}
 
     def load_state_dict(self, state: dict):
         """Inverse of state_dict."""
         for k in self.PARTS:
             getattr(self, k).load_state_dict(state[k])
-        self.iterations, self.online = state["iterations"], state["online"]
+        self.iterations.fill_(state["iterations"])
+        self.online = state["online"]
 
 
 # --- Alignment and exchange (DARE) ---
@@ -709,33 +719,51 @@ SUPPORT_CHUNK = 100  # online states drawn for at once: a solver run for each wo
 class DARE:
     """What Algorithm 1 adds to the agent: nu_0, the energy f_phi, and the exchange."""
 
-    def __init__(self, cfg: Config, run, offline_buffer: ReplayBuffer, online_buffer: ReplayBuffer):
-        self.cfg, self.online_buffer = cfg, online_buffer
+    def __init__(self, cfg: Config, run, agent, offline_buffer: ReplayBuffer, online_buffer):
+        self.cfg, self.agent = cfg, agent
+        self.offline_buffer, self.online_buffer = offline_buffer, online_buffer
         state_dim, action_dim = offline_buffer.dims
         device = offline_buffer.rows.device
         self.behavior = behavior_model(cfg, run, offline_buffer)
         self.energy = EnergyModel(state_dim, action_dim, cfg.energy_hidden).to(device)
-        self.energy_fitted = False
-        self.optimizer = torch.optim.Adam(self.energy.parameters(), lr=cfg.energy_lr, fused=True)
+        self.optimizer = torch.optim.Adam(
+            self.energy.parameters(), lr=cfg.energy_lr, fused=True, capturable=True
+        )
         self.q_spread = torch.ones((), device=device)
-        self.n_energy_updates = 0
-        if cfg.guidance_scale > 0:
+        self.n_spreads = torch.zeros((), device=device)
+        self.has_energy = cfg.reference == "guided" and cfg.guidance_scale > 0
+        self.has_support = cfg.reference == "resample" or self.has_energy
+        self.energy_fitted = not self.has_energy
+        if self.has_support:
             self.states, self.actions = offline_support(cfg, run, offline_buffer, self.behavior)
             shape = len(online_buffer.rows), cfg.n_support, action_dim
             self.online_actions, self.n_online = torch.empty(shape, device=device), 0
+            self.n_online_drawable = torch.zeros((), dtype=torch.int64, device=device)
 
-    def __call__(self, agent, offline_batch: Batch, online_batch: Batch):
-        """Lines 6 to 8 of Algorithm 1; line 10, the energy's update, comes first."""
-        metrics = self.update_energy(agent) if self.cfg.guidance_scale > 0 else {}
+    def prepare(self):
+        """What the updates of an environment step need first: support actions of new states, and
+        before the first exchange f_phi fitted to the offline Q.
+        """
+        if self.has_support:
+            self.draw_online_support()
+        if not self.energy_fitted:
+            step = accelerated(self.energy_step, self.cfg, self.agent.device)
+            for _ in progress_bar("energy", 0, self.cfg.energy_iterations):
+                step()
+            self.energy_fitted = True
+
+    def update(self) -> dict:
+        """Lines 4 to 10 of Algorithm 1; line 10, the energy's update, comes first."""
+        metrics = {"energy_loss": self.energy_step()} if self.has_energy else {}
+        offline_batch = self.offline_buffer.sample(self.cfg.n_offline)
+        online_batch = self.online_buffer.sample(self.cfg.batch_size - self.cfg.n_offline)
+        offline_batch, online_batch, fits = self(offline_batch, online_batch)
+        return metrics | fits | self.agent.update(concatenate(offline_batch, online_batch))
+
+    def __call__(self, offline_batch: Batch, online_batch: Batch):
+        """Lines 6 to 8 of Algorithm 1: reference actions, scores, exchange."""
         both = concatenate(offline_batch, online_batch)
-        reference_actions = sample_actions(
-            self.behavior,
-            both.observations,
-            self.cfg.n_reference,
-            energy=self.energy,
-            guidance_scale=self.cfg.guidance_scale,
-            steps=self.cfg.diffusion_steps,
-        )
+        reference_actions = self.reference_actions(both.observations)
         scores = alignment_score(both.actions, reference_actions, self.cfg.align)
         halves = scores.split([len(offline_batch.rewards), len(online_batch.rewards)])
         if self.cfg.exchange == "direct":
@@ -745,59 +773,70 @@ class DARE:
                 offline_batch, online_batch, *halves, self.cfg.max_exchange
             )
         fits = [x.mean() for x in halves] + [x.std(correction=0) for x in halves]
-        metrics |= dict(zip(SCORE_COLUMNS, [exchanged.float(), tau, *fits], strict=True))
-        return *batches, metrics
+        return *batches, dict(zip(SCORE_COLUMNS, [exchanged.float(), tau, *fits], strict=True))
 
-    def update_energy(self, agent) -> dict:
-        """Line 10 of Algorithm 1; before the first exchange, f_phi is fitted to the offline Q."""
-        self.draw_online_support()
-        if not self.energy_fitted:
-            for _ in progress_bar("energy", 0, self.cfg.energy_iterations):
-                self.energy_step(agent)
-            self.energy_fitted = True
-        return {"energy_loss": self.energy_step(agent)}
+    def reference_actions(self, states):
+        """Draw from pi_0 of Eq. 5 for the states [B, S] of the sampled rows, [B, M, A]: by guided
+        sampling, or among a state's support actions with softmax(s beta_E Q).
+        """
+        cfg = self.cfg
+        if cfg.reference == "guided":
+            options = {"energy": self.energy, "guidance_scale": cfg.guidance_scale}
+            return sample_actions(
+                self.behavior, states, cfg.n_reference, **options, steps=cfg.diffusion_steps
+            )
+        i, j = self.offline_buffer.index, self.online_buffer.index
+        actions = torch.cat([self.actions[i], self.online_actions[j]])
+        logits = cfg.guidance_scale * self.energies(states, actions)
+        shape = len(states), cfg.n_reference, cfg.n_support
+        gumbel = -torch.empty(shape, device=states.device).exponential_().log()
+        drawn = (logits[:, None] + gumbel).argmax(-1, keepdim=True)
+        return actions.take_along_dim(drawn, 1)
 
     def draw_online_support(self):
         """Draw support actions for the online states that have none, many at a time."""
         rows = slice(self.n_online, self.online_buffer.size)
-        if self.n_online and rows.stop - rows.start < SUPPORT_CHUNK:
-            return
-        states = self.online_buffer.batch(self.online_buffer.rows[rows]).observations
-        self.online_actions[rows] = draw_support_actions(
-            self.behavior, states, self.cfg.n_support, self.cfg.diffusion_steps
-        )
-        self.n_online = rows.stop
+        if not self.n_online or rows.stop - rows.start >= SUPPORT_CHUNK:
+            states = self.online_buffer.batch(self.online_buffer.rows[rows]).observations
+            with autocast(self.cfg, self.agent.device):
+                self.online_actions[rows] = draw_support_actions(
+                    self.behavior, states, self.cfg.n_support, self.cfg.diffusion_steps
+                )
+            self.n_online = rows.stop
+            self.n_online_drawable.fill_(rows.stop)
+        if self.cfg.reference == "resample":  # the newest rows wait for their support actions
+            self.online_buffer.n_drawable.fill_(self.n_online)
 
-    def energy_step(self, agent):
+    def energy_step(self):
         """One step on Eq. 34, with offline and online states in the proportion of the batches."""
         n = round(self.cfg.energy_batch_size * self.cfg.mixing_ratio)
         i = torch.randint(len(self.states), (n,), device=self.states.device)
-        j = torch.randint(self.n_online, (self.cfg.energy_batch_size - n,), device=i.device)
+        j = torch.randint(1 << 62, (self.cfg.energy_batch_size - n,), device=i.device)
+        j %= self.n_online_drawable
         online_states = self.online_buffer.batch(self.online_buffer.rows[j]).observations
         states = torch.cat([self.states[i], online_states])
         actions = torch.cat([self.actions[i], self.online_actions[j]])
-        loss = energy_loss(self.energy, states, actions, self.energies(agent, states, actions))
+        loss = energy_loss(self.energy, states, actions, self.energies(states, actions))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         return loss.detach()
 
     @torch.no_grad()
-    def energies(self, agent, states, actions):
+    def energies(self, states, actions):
         """beta_E Q of support actions [B, K, A], [B, K]; Q in units of its usual spread over K."""
-        q = agent.q_target(states[:, None].expand(-1, actions.shape[1], -1), actions)
+        q = self.agent.q_target(states[:, None].expand(-1, actions.shape[1], -1), actions)
         if self.cfg.energy_normalize:
-            self.n_energy_updates += 1
-            rate = max(0.001, 1 / self.n_energy_updates)
-            self.q_spread.lerp_(q.std(1).mean(), rate)
+            self.n_spreads += 1
+            self.q_spread.lerp_(q.std(1).mean(), (1 / self.n_spreads).clamp(min=0.001))
             q = q / self.q_spread
         return self.cfg.energy_beta * q
 
     def state_dict(self) -> dict:
         """What changes online; the behavior model and the offline support are cached."""
-        state = {"energy_fitted": self.energy_fitted, "n_energy_updates": self.n_energy_updates}
+        state = {"energy_fitted": self.energy_fitted, "n_spreads": self.n_spreads}
         state |= {"energy": self.energy.state_dict(), "optimizer": self.optimizer.state_dict()}
-        if self.cfg.guidance_scale > 0:
+        if self.has_support:
             state["online_actions"] = self.online_actions[: self.n_online].clone()
         return {**state, "q_spread": self.q_spread}
 
@@ -807,9 +846,10 @@ class DARE:
         self.optimizer.load_state_dict(state["optimizer"])
         self.q_spread.copy_(state["q_spread"])
         self.energy_fitted = state["energy_fitted"]
-        self.n_energy_updates = state["n_energy_updates"]
-        if self.cfg.guidance_scale > 0:
+        self.n_spreads.copy_(state["n_spreads"])
+        if self.has_support:
             self.n_online = len(state["online_actions"])
+            self.n_online_drawable.fill_(self.n_online)
             self.online_actions[: self.n_online] = state["online_actions"]
 
 
@@ -825,10 +865,10 @@ def behavior_model(cfg: Config, run, buffer: ReplayBuffer) -> BehaviorModel:
             sizes = cfg.behavior_iterations, cfg.behavior_batch_size, cfg.behavior_lr
             report = watch(run, "behavior", cfg.behavior_iterations)
             seed, every = cfg.behavior_seed, cfg.checkpoint_freq
-            dtype = torch.bfloat16 if cfg.precision == "bf16" else None
+            wrap = functools.partial(accelerated, cfg=cfg, device=data.actions.device.type)
             try:
                 train_behavior(
-                    model, data.observations, data.actions, *sizes, seed, path, report, every, dtype
+                    model, data.observations, data.actions, *sizes, seed, path, report, every, wrap
                 )
             except (FloatingPointError, ValueError) as e:
                 sys.exit(f"error: {e}")
@@ -839,6 +879,8 @@ def behavior_model(cfg: Config, run, buffer: ReplayBuffer) -> BehaviorModel:
 
 def offline_support(cfg: Config, run, buffer: ReplayBuffer, behavior: BehaviorModel) -> tuple:
     """Draw states [N, S] of the dataset and support actions [N, K, A], or take the cached ones."""
+    if cfg.reference == "resample":  # which any sampled row may need
+        cfg = dataclasses.replace(cfg, n_support_states=0)
     states = buffer.batch(buffer.rows[: buffer.size]).observations
     generator = torch.Generator(states.device).manual_seed(cfg.behavior_seed)
     if cfg.n_support_states:
@@ -948,7 +990,7 @@ class Run:
         path = self.dir / "config.yaml"
         if path.exists():
             old = yaml.safe_load(path.read_text())
-            free = ("device", "compile", "threads", "wandb", "project", "runs_dir")
+            free = ("device", "compile", "cuda_graph", "threads", "wandb", "project", "runs_dir")
             new = [k for k, v in self.settings.items() if k not in free and old.get(k) != v]
             if new:
                 sys.exit(f"error: {self.dir} has other settings of {', '.join(new)}; repeat them "
@@ -1168,6 +1210,51 @@ def autocast(cfg: Config, device: str):
     return torch.autocast(torch.device(device).type, torch.bfloat16, on, cache_enabled=False)
 
 
+class CudaGraph:
+    """A function whose kernels are recorded once and replayed from then on, without Python.
+
+    What it changes must be tensors that stay where they are (a number would be frozen in the
+    recording); its results are the same tensors at every replay. It takes no arguments.
+    """
+
+    WARM_UP_CALLS = 3  # on a stream of their own, as PyTorch asks for before a recording
+
+    def __init__(self, function, generator=None):
+        self.function, self.calls = function, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        if generator is not None:
+            self.graph.register_generator_state(generator)
+
+    def __call__(self):
+        """Call, record or replay it."""
+        self.calls += 1
+        if self.calls <= self.WARM_UP_CALLS:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.results = self.function()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.results
+        if self.calls == self.WARM_UP_CALLS + 1:
+            with torch.cuda.graph(self.graph):
+                self.results = self.function()
+        self.graph.replay()
+        return self.results
+
+
+def accelerated(update, cfg: Config, device: str, generator=None):
+    """An update without arguments in cfg.precision and, where cfg.cuda_graph says so, as a graph.
+
+    A generator that it draws from, other than the default one, has to be named.
+    """
+
+    def in_precision():
+        with autocast(cfg, device):
+            return update()
+
+    on = cfg.cuda_graph and device == "cuda"
+    return CudaGraph(in_precision, generator) if on else in_precision
+
+
 class TrainingEnv:
     """The environment that fine-tuning acts in, with all that a checkpoint needs of it."""
 
@@ -1204,11 +1291,10 @@ def train_offline(cfg: Config, run: Run, agent, buffer: ReplayBuffer, evaluator)
     start = run.restore("offline", parts)
     if start == 0:
         run.save("offline", 0, parts)
+    update = accelerated(lambda: agent.update(buffer.sample(cfg.batch_size)), cfg, agent.device)
     bar = progress_bar("offline", start, cfg.offline_iterations)
     for step in bar:
-        with autocast(cfg, agent.device):
-            metrics = agent.update(buffer.sample(cfg.batch_size))
-        run.add(metrics)
+        run.add(update())
         run.after_step("offline", step + 1, bar, parts, evaluator)
 
 
@@ -1232,8 +1318,17 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
     env = TrainingEnv(cfg)
     online_buffer = ReplayBuffer(*offline_buffer.dims, cfg.online_iterations, agent.device)
     parts = {"agent": agent, "online_buffer": online_buffer, "env": env}
-    if cfg.exchange != "none":  # DARE
-        parts["dare"] = dare = DARE(cfg, run, offline_buffer, online_buffer)
+
+    def update() -> dict:
+        """A step of the agent on half offline and half online data."""
+        offline_batch = offline_buffer.sample(cfg.n_offline)
+        online_batch = online_buffer.sample(cfg.batch_size - cfg.n_offline)
+        return agent.update(concatenate(offline_batch, online_batch))
+
+    if cfg.exchange != "none":  # DARE: Algorithm 1
+        parts["dare"] = dare = DARE(cfg, run, agent, offline_buffer, online_buffer)
+        update = dare.update
+    update = accelerated(update, cfg, agent.device)
     run.clock, run.clock_step = time.perf_counter(), 0
     start = run.restore("online", parts)
     if start == 0:
@@ -1245,19 +1340,16 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
         if not np.isfinite(action).all():
             run.write_means("online", step)  # names the loss that is not finite either
             run.stop_on_nan("the policy's action", "online", step)
+        if cfg.exchange != "none" and step >= cfg.initial_collection_steps:  # DARE
+            dare.prepare()
+        # Before the environment, whose step then runs while a GPU is at work on the update.
+        for _ in range(cfg.utd if step >= cfg.initial_collection_steps else 0):
+            run.add(update())
         state, action, reward, next_state, terminated, truncated = env.step(action)
         reward = reward * transform[0] + transform[1]
         online_buffer.add([state], [action], [reward], [next_state], [terminated], [UNFINISHED])
         if terminated or truncated:
             finish_episode(online_buffer, cfg)
-        with autocast(cfg, agent.device):
-            for _ in range(cfg.utd if step >= cfg.initial_collection_steps else 0):
-                offline_batch = offline_buffer.sample(cfg.n_offline)
-                online_batch = online_buffer.sample(cfg.batch_size - cfg.n_offline)
-                if cfg.exchange != "none":  # DARE: Algorithm 1
-                    offline_batch, online_batch, metrics = dare(agent, offline_batch, online_batch)
-                    run.add(metrics)
-                run.add(agent.update(concatenate(offline_batch, online_batch)))
         run.after_step("online", step + 1, bar, parts, evaluator)
 
 

@@ -62,23 +62,29 @@ def train_behavior(
     path: str | os.PathLike | None = None,
     on_progress: Callable[[int, float], None] | None = None,
     checkpoint_every: int = 10_000,
-    autocast_dtype: torch.dtype | None = None,
+    accelerate: Callable[..., Callable] | None = None,
 ) -> float:
     """Fit nu_0 to states [N, S], actions [N, A] on the model's device; return the last mean loss.
 
     The defaults are App. B.5's. `on_progress(updates_done, mean_loss)` is called every 1,000
     updates and at the end, with the mean since the last call; it may raise to stop. With `path`,
     the training is kept in `path` + ".partial", and a call that finds the file goes on from it; the
-    file stays at the end, for the caller to remove once the model is stored. `autocast_dtype` is
-    the type of the networks' products (None: that of the weights).
+    file stays at the end, for the caller to remove once the model is stored.
+    `accelerate(update, generator=...)` gives what is called instead of `update()`, a function that
+    changes nothing but tensors in place: the same under autocast or as a CUDA graph, say.
 
     Raises FloatingPointError when the loss is not finite, ValueError when the partial file cannot
     be read or holds another training.
     """
-    settings = [len(states), batch_size, learning_rate, seed, str(autocast_dtype)]
-    training = _Training(model, states, actions, settings, autocast_dtype, path)
+    settings = [len(states), batch_size, learning_rate, seed]
+    training = _Training(model, states, actions, settings, path)
+    update = training.update
+    if accelerate is not None:
+        update = accelerate(update, generator=training.generator)
     while training.step < updates:
-        training.update()
+        update()
+        training.step += 1
+        training.n_summed += 1
         finished = training.step == updates
         if finished or training.step % REPORT_EVERY == 0:
             training.report(on_progress)
@@ -92,11 +98,12 @@ class _Training:
 
     COUNTERS = ("step", "n_summed", "mean_loss", "loss_sum")
 
-    def __init__(self, model, states, actions, settings, dtype, path):
-        self.model, self.states, self.actions = model, states, actions
-        self.settings, self.dtype = settings, dtype
-        _, self.batch_size, learning_rate, seed, _ = settings
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    def __init__(self, model, states, actions, settings, path):
+        self.model, self.states, self.actions, self.settings = model, states, actions, settings
+        _, self.batch_size, learning_rate, seed = settings
+        self.optimizer = torch.optim.Adam(
+            model.parameters(), lr=learning_rate, fused=True, capturable=True
+        )
         self.generator = Generator(states.device).manual_seed(seed)
         self.step, self.n_summed, self.mean_loss = 0, 0, float("nan")
         self.loss_sum = torch.zeros((), device=states.device)
@@ -105,17 +112,13 @@ class _Training:
             self.load()
 
     def update(self):
-        n, device, dtype = len(self.states), self.states.device, self.dtype
+        n, device = len(self.states), self.states.device
         rows = torch.randint(n, (self.batch_size,), device=device, generator=self.generator)
-        # Without the cache: within a caller's autocast it would hold the casts of older weights.
-        with torch.autocast(device.type, dtype, dtype is not None, cache_enabled=False):
-            loss = behavior_loss(self.model, self.states[rows], self.actions[rows], self.generator)
+        loss = behavior_loss(self.model, self.states[rows], self.actions[rows], self.generator)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.loss_sum += loss.detach()
-        self.n_summed += 1
-        self.step += 1
 
     def check_finite(self):
         # The weights too: the last update may have broken them after a finite loss.
@@ -153,7 +156,7 @@ class _Training:
         if content["settings"] != self.settings:
             raise ValueError(
                 f"{self.partial} holds another training (rows, batch size, learning rate, seed,"
-                f" type {content['settings']}, not {self.settings}): delete it to train afresh"
+                f" {content['settings']}, not {self.settings}): delete it to train afresh"
             )
         for name in self.COUNTERS:
             setattr(self, name, content[name])

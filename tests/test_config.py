@@ -164,7 +164,7 @@ def test_every_setting_has_its_place_in_or_beside_the_cache_key(script):
     """What is not in the key changes nothing offline, or acts on the data, which is in it too."""
     of_data = {"data", "regenerated_size", "reward_scale", "reward_bias", "is_sparse_reward"}
     of_machine = {"device", "compile", "threads", "runs_dir", "name", "wandb", "project"}
-    of_machine |= {"log_freq"}
+    of_machine |= {"log_freq", "cuda_graph"}
     online = {"checkpoint_freq", "eval_freq", "utd", "mixing_ratio", "online_iterations"}
     online |= {"initial_collection_steps", "calibrated_online", "cql_alpha_online"}
     fields = [f.name for f in dataclasses.fields(script.Config)]

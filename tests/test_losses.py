@@ -258,12 +258,13 @@ def test_actor_lr_decays_offline_only(batch):
     rates = []
     for _ in range(4):
         agent.update(batch)
-        rates.append(agent.optimizer.param_groups[-1]["lr"])
+        rates.append(agent.optimizer.param_groups[-1]["lr"].item())
     expected = [3e-4 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3, 4)]
-    np.testing.assert_allclose(rates, expected, atol=1e-12)
+    np.testing.assert_allclose(rates, expected, rtol=1e-7, atol=1e-12)
     agent.start_online()
     agent.update(batch)
-    assert [g["lr"] for g in agent.optimizer.param_groups] == [3e-4] * 3
+    rates = [float(g["lr"]) for g in agent.optimizer.param_groups]
+    np.testing.assert_allclose(rates, 3e-4, rtol=1e-7)
 
 
 # --- Rewards ---
@@ -310,16 +311,17 @@ def test_reward_transform(dataset, module, env, normalize, expected):
 # --- Energies and one pass of Algorithm 1 ---
 
 
-def bare_dare(**settings):
+def bare_dare(agent=None, **settings):
     """The exchange without its models, which the tests below do not need or replace."""
     dare = object.__new__(dare_iql.DARE)
     dare.cfg, dare.behavior, dare.energy = config(**settings), "nu_0", "f_phi"
-    dare.q_spread, dare.n_energy_updates = torch.ones(()), 0
+    dare.agent, dare.q_spread, dare.n_spreads = agent, torch.ones(()), torch.zeros(())
     return dare
 
 
 def test_energies_are_q_in_units_of_its_usual_spread():
-    dare, agent = bare_dare(energy_beta=2.0), agent_of(config())
+    agent = agent_of(config())
+    dare = bare_dare(agent, energy_beta=2.0)
     spreads = []
     for k in range(3):
         states, actions = torch.randn(4, S), torch.randn(4, 5, A) * (k + 1)
@@ -329,9 +331,9 @@ def test_energies_are_q_in_units_of_its_usual_spread():
         )  # fmt: skip
         spreads.append(q.std(1).mean())
         expected = 2.0 * q / torch.stack(spreads).mean()  # of few updates the plain mean
-        torch.testing.assert_close(dare.energies(agent, states, actions), expected)
-    raw = bare_dare(energy_beta=2.0, energy_normalize=False)
-    torch.testing.assert_close(raw.energies(agent, states, actions), 2.0 * q)
+        torch.testing.assert_close(dare.energies(states, actions), expected)
+    raw = bare_dare(agent, energy_beta=2.0, energy_normalize=False)
+    torch.testing.assert_close(raw.energies(states, actions), 2.0 * q)
 
 
 @pytest.mark.parametrize("kind, align", [("gaussian", "gaussian_kl"), ("direct", "softmax_kl")])
@@ -349,7 +351,7 @@ def test_a_pass_of_algorithm_1_exchanges_by_the_scores(monkeypatch, batch, kind,
     settings = {"exchange": kind, "align": align, "max_exchange": 1, "n_reference": 2}
     dare = bare_dare(guidance_scale=0, diffusion_steps=7, **settings)
     halves = [Batch(*(x[rows] for x in batch)) for rows in (OFFLINE, ONLINE)]
-    offline, online, metrics = dare(None, *halves)
+    offline, online, metrics = dare(*halves)
     scores = dare_iql.alignment_score(batch.actions, references, align)
     scores = scores.split([N_OFFLINE, B - N_OFFLINE])
     if kind == "gaussian":
