@@ -16,6 +16,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -43,6 +44,7 @@ from diffusion import (  # DARE
     EnergyModel,
     draw_support_actions,
     energy_loss,
+    guided_noise,
     sample_actions,
     train_behavior,
 )
@@ -59,7 +61,7 @@ class Config:
     regenerated_size: int = 200_000  # transitions that --data regenerated collects
     seed: int = 0  # seeds networks, batches, exploration and the training environment
     device: str = "auto"  # auto, cpu or cuda
-    compile: bool = False  # compile the losses: a minute at the start; needs a C++ compiler
+    compile: bool = False  # compile losses and sampler: a minute at first; needs a C++ compiler
     cuda_graph: bool = True  # on CUDA, replay each update as one graph (no effect on a CPU)
     precision: str = "fp32"  # of the networks' products: fp32, bf16 or auto (bf16 if faster)
     threads: int = 1  # CPU threads: one per run, as two runs beat two threads; 0 takes all cores
@@ -614,6 +616,7 @@ class DARE:
         state_dim, action_dim = offline_buffer.dims
         device = offline_buffer.rows.device
         self.behavior = behavior_model(cfg, run, offline_buffer)
+        self.guided_noise = torch.compile(guided_noise) if cfg.compile else guided_noise
         self.energy = EnergyModel(state_dim, action_dim, cfg.energy_hidden).to(device)
         self.optimizer = torch.optim.Adam(
             self.energy.parameters(), lr=cfg.energy_lr, fused=True, capturable=True
@@ -670,9 +673,14 @@ class DARE:
         """
         cfg = self.cfg
         if cfg.reference == "guided":
-            options = {"energy": self.energy, "guidance_scale": cfg.guidance_scale}
             return sample_actions(
-                self.behavior, states, cfg.n_reference, **options, steps=cfg.diffusion_steps
+                self.behavior,
+                states,
+                cfg.n_reference,
+                energy=self.energy,
+                guidance_scale=cfg.guidance_scale,
+                steps=cfg.diffusion_steps,
+                noise_prediction=self.guided_noise,
             )
         i, j = self.offline_buffer.index, self.online_buffer.index
         actions = torch.cat([self.actions[i], self.online_actions[j]])
@@ -1248,6 +1256,8 @@ def main(args: list[str] | None = None):
     device = cfg.device if cfg.device != "auto" else ("cpu", "cuda")[torch.cuda.is_available()]
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but torch sees no CUDA device; take --device cpu")
+    if cfg.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        sys.exit("error: --compile needs a C++ compiler; install g++, set CXX, or leave it out")
     if cfg.precision == "auto":
         cfg.precision = fastest_precision(device)
     try:

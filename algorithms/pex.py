@@ -16,6 +16,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -51,7 +52,7 @@ class Config:
     regenerated_size: int = 200_000  # transitions that --data regenerated collects
     seed: int = 0  # seeds networks, batches, exploration and the training environment
     device: str = "auto"  # auto, cpu or cuda
-    compile: bool = False  # compile the losses: a minute at the start; needs a C++ compiler
+    compile: bool = False  # compile losses and sampler: a minute at first; needs a C++ compiler
     cuda_graph: bool = True  # on CUDA, replay each update as one graph (no effect on a CPU)
     precision: str = "fp32"  # of the networks' products: fp32, bf16 or auto (bf16 if faster)
     threads: int = 1  # CPU threads: one per run, as two runs beat two threads; 0 takes all cores
@@ -927,6 +928,8 @@ def main(args: list[str] | None = None):
     device = cfg.device if cfg.device != "auto" else ("cpu", "cuda")[torch.cuda.is_available()]
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but torch sees no CUDA device; take --device cpu")
+    if cfg.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        sys.exit("error: --compile needs a C++ compiler; install g++, set CXX, or leave it out")
     if cfg.precision == "auto":
         cfg.precision = fastest_precision(device)
     try:

@@ -6,7 +6,7 @@ Read `process.py` (noise schedule and solver), `networks.py`, `training.py` (los
 
 from diffusion.networks import BehaviorModel, EnergyModel
 from diffusion.process import alpha_sigma, perturb, solve
-from diffusion.sampling import draw_support_actions, sample_actions
+from diffusion.sampling import draw_support_actions, guided_noise, sample_actions
 from diffusion.training import behavior_loss, energy_loss, train_behavior
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "behavior_loss",
     "draw_support_actions",
     "energy_loss",
+    "guided_noise",
     "perturb",
     "sample_actions",
     "solve",

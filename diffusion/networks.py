@@ -40,7 +40,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Input x [..., size_in], condition [..., size_out] -> [..., size_out]."""
-        return silu(self.second(silu(self.first(x)) + condition)) + self.skip(x)
+        # Sums in place: silu's gradient does not need its output.
+        hidden = silu(self.first(x)).add_(condition)
+        return silu(self.second(hidden)).add_(self.skip(x))
 
 
 class BehaviorModel(nn.Module):

@@ -1,6 +1,7 @@
 """Reference actions a_hat ~ pi_0(. | s): behavior diffusion steered by the energy (Eqs. 5, 6)."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,29 +20,32 @@ def sample_actions(
     steps: int = 15,
     max_action: float | None = 1.0,
     generator: torch.Generator | None = None,
+    noise_prediction: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Draw actions [B, n_samples, A] for states [B, S], from nu_0, or from pi_0 when guided.
 
     The guided score is grad log nu_t + guidance_scale * grad f_phi (Eq. 6). Actions lie within
     [-max_action, max_action], the bounds of the data (None: no bounds). Keeps no autograd graph and
     computes no gradient of parameters. Under `torch.autocast` only the networks change type.
+    `noise_prediction` may be `torch.compile(guided_noise)`.
     """
     shape = (len(states), n_samples, behavior.action_dim)
     noise = torch.randn(shape, device=states.device, dtype=states.dtype, generator=generator)
-    behavior_states = behavior.embed_states(states)[:, None]
-    guided = energy is not None and guidance_scale != 0
-    energy_states = energy.embed_states(states)[:, None] if guided else None
-
-    def noise_prediction(actions_t: Tensor, t: Tensor) -> Tensor:
-        prediction = behavior.predict(actions_t, behavior_states, t)
-        if not guided:
-            return prediction
-        # The score is -noise / sigma_t, so what is added to it is subtracted from the noise.
-        scale = guidance_scale * alpha_sigma(t)[1]
-        return prediction - scale * _gradient(energy, actions_t, energy_states, t)
-
-    actions = solve(noise_prediction, noise, steps, max_action)
+    networks = [behavior] if energy is None or guidance_scale == 0 else [behavior, energy]
+    embedded = [network.embed_states(states)[:, None] for network in networks]
+    predict = partial(noise_prediction or guided_noise, networks, embedded, guidance_scale)
+    actions = solve(predict, noise, steps, max_action)
     return actions if max_action is None else actions.clamp(-max_action, max_action)
+
+
+def guided_noise(networks, embedded_states, guidance_scale, actions_t, t: Tensor) -> Tensor:
+    """Noise in actions_t by the behavior model and, if `networks` has one, the energy (Eq. 6)."""
+    prediction = networks[0].predict(actions_t, embedded_states[0], t)
+    if len(networks) == 1:
+        return prediction
+    # The score is -noise / sigma_t, so what is added to it is subtracted from the noise.
+    scale = guidance_scale * alpha_sigma(t)[1]
+    return prediction - scale * _gradient(networks[1], actions_t, embedded_states[1], t)
 
 
 def _gradient(energy: EnergyModel, actions_t: Tensor, energy_states: Tensor, t: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ NAME prints where the time of one goes; --output FILE.csv keeps the table with t
 
 import argparse
 import csv
+import dataclasses
 import os
 import platform
 import statistics
@@ -29,6 +30,7 @@ import cal_ql  # noqa: E402
 import dare_cql  # noqa: E402
 import dare_iql  # noqa: E402
 import iql  # noqa: E402
+import pex  # noqa: E402
 from diffusion import BehaviorModel, behavior_loss  # noqa: E402
 
 ENV, ROWS = "hopper-medium-replay-v2", 100_000
@@ -99,6 +101,7 @@ def filled_buffer(script, state_dim, action_dim, size, device):
     buffer.rows.normal_().clamp_(-1, 1)
     buffer.rows[:, buffer.widths[0] + action_dim + 1 + state_dim] = 0.0  # no terminals
     buffer.size = size
+    buffer.n_drawable.fill_(size)
     return buffer
 
 
@@ -110,19 +113,26 @@ def updates(args) -> dict:
         ("cal_ql update, 3 layers", cal_ql, "CalQL", {}),
         ("cal_ql update, 5 layers", cal_ql, "CalQL", {"q_n_hidden_layers": 5}),
     ]:
-        cfg = script.Config(env=ENV, precision=args.precision, **more)
+        more |= {"precision": args.precision, "cuda_graph": not args.eager}
+        cfg = script.Config(env=ENV, **more)
         buffer = filled_buffer(script, 11, 3, ROWS, args.device)
         agent = getattr(script, agent_class)(*buffer.dims, cfg, args.device)
         if args.compile:
             agent.losses = torch.compile(agent.losses)
-        calls[name] = lambda s=script, c=cfg, a=agent, b=buffer: step(s, c, a, b)
+        calls[name] = offline_step(script, cfg, agent, buffer)
+        if script is iql:
+            pex_agent = pex.ImplicitQLearning(*buffer.dims, cfg, args.device)
+            pex_agent.cfg = pex.Config(env=ENV, precision=args.precision)
+            pex_agent.start_online()
+            calls["pex online update"] = offline_step(pex, cfg, pex_agent, buffer)
     return calls
 
 
-def step(script, cfg, agent, buffer):
-    """One offline update, sampling included."""
-    with script.autocast(cfg, agent.device):
-        agent.update(buffer.sample(cfg.batch_size))
+def offline_step(script, cfg, agent, buffer):
+    """One update, sampling included, as the scripts run it."""
+    return script.accelerated(
+        lambda: agent.update(buffer.sample(cfg.batch_size)), cfg, agent.device
+    )
 
 
 def online_steps(args, runs_dir) -> dict:
@@ -131,61 +141,66 @@ def online_steps(args, runs_dir) -> dict:
     for script, agent_class in [(dare_iql, "ImplicitQLearning"), (dare_cql, "CalQL")]:
         settings = {"behavior_iterations": 0, "n_support_states": 256, "energy_iterations": 0}
         settings |= {"runs_dir": runs_dir, "precision": args.precision, "guidance_scale": 3.0}
+        settings |= {"compile": args.compile, "cuda_graph": not args.eager}
         cfg = script.Config(env=ENV, **settings)
         offline, online = (filled_buffer(script, 11, 3, size, args.device) for size in (ROWS, 256))
         agent = getattr(script, agent_class)(*offline.dims, cfg, args.device)
         agent.start_online()
         if args.compile:
             agent.losses = torch.compile(agent.losses)
-        dare = script.DARE(cfg, SimpleNamespace(stop=False), offline, online)
-        state = s = script, cfg, agent, dare, offline, online
-        calls[f"{script.__name__} online update"] = lambda s=state: online_step(*s)
-    script, cfg, agent, dare, offline, online = s
-    calls["energy update, 256 x 16"] = lambda: in_precision(s, lambda: dare.energy_step(agent))
-    states = offline.sample(cfg.batch_size).observations
-    for name, scale in [("guided", 3.0), ("unguided", 0.0)]:
-        calls[f"{name} sampling, 256 states, {cfg.diffusion_steps} steps"] = lambda scale=scale: (
-            in_precision(
-                s,
-                lambda: dare_cql.sample_actions(
-                    dare.behavior, states, 1, dare.energy, scale, cfg.diffusion_steps
-                ),
-            )
-        )
+        for more in ({}, {"diffusion_steps": 8}, {"reference": "resample"}):
+            dare = dare_of(script, dataclasses.replace(cfg, **more), agent, offline, online)
+            name = ", ".join(str(x).replace("8", "8 steps") for x in more.values()) or "15 steps"
+            calls[f"{script.__name__} online update, {name}"] = accelerated(dare.update, dare)
+            parts = parts_of(dare, offline.sample(cfg.batch_size).observations)
+            calls |= {k: accelerated(part, dare) for k, part in parts.items() if k not in calls}
     return calls
 
 
-def in_precision(state, call):
-    """Call under the autocast of a state of `online_steps`."""
-    script, cfg, agent = state[:3]
-    with script.autocast(cfg, agent.device):
-        call()
+def dare_of(script, cfg, agent, offline, online):
+    """DARE with an untrained behavior model, ready for its updates."""
+    guided = dataclasses.replace(cfg, reference="guided")
+    dare = script.DARE(guided, SimpleNamespace(stop=False), agent, offline, online)
+    dare.prepare()
+    if cfg.reference == "resample":  # few states have support actions: take them for all
+        index = torch.arange(len(offline.rows), device=agent.device) % len(dare.actions)
+        dare.cfg, dare.actions, dare.has_energy = cfg, dare.actions[index], False
+    return dare
 
 
-def online_step(script, cfg, agent, dare, offline, online):
-    """Reference actions, scores, exchange, energy and agent update; no environment."""
-    with script.autocast(cfg, agent.device):
-        halves = offline.sample(cfg.n_offline), online.sample(cfg.batch_size - cfg.n_offline)
-        *halves, _ = dare(agent, *halves)
-        agent.update(script.concatenate(*halves))
+def accelerated(part, dare):
+    """A part of DARE as the scripts run it."""
+    return dare_iql.accelerated(part, dare.cfg, dare.agent.device)
+
+
+def parts_of(dare, states) -> dict:
+    """What DARE's online update consists of besides the agent's update."""
+    if dare.cfg.reference == "resample":
+        dare.offline_buffer.sample(dare.cfg.n_offline)
+        dare.online_buffer.sample(len(states) - dare.cfg.n_offline)
+        return {"resampling, 256 x 16": lambda: dare.reference_actions(states)}
+    steps = dare.cfg.diffusion_steps
+    return {
+        "energy update, 256 x 16": dare.energy_step,
+        f"guided sampling, 256 states, {steps} steps": lambda: dare.reference_actions(states),
+    }
 
 
 def behavior_update(args) -> dict:
     """One update of the behavior model on 4,096 rows."""
     model = BehaviorModel(11, 3).to(args.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True, capturable=True)
     states, actions = torch.randn(4096, 11), torch.rand(4096, 3)
     states, actions = states.to(args.device), actions.to(args.device)
-    cfg = dare_iql.Config(env=ENV, precision=args.precision)
 
     def update():
-        with dare_iql.autocast(cfg, args.device):
-            loss = behavior_loss(model, states, actions)
+        loss = behavior_loss(model, states, actions)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    return {"behavior update, 4,096": update}
+    cfg = dare_iql.Config(env=ENV, precision=args.precision, cuda_graph=not args.eager)
+    return {"behavior update, 4,096": dare_iql.accelerated(update, cfg, args.device)}
 
 
 def the_rest(args) -> dict:
@@ -219,7 +234,7 @@ def hardware(args) -> dict:
         model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), model)
     device = torch.cuda.get_device_name() if args.device == "cuda" else model
     versions = {"torch": str(torch.__version__), "mujoco": mujoco.__version__}
-    settings = {k: getattr(args, k) for k in ("threads", "precision", "compile")}
+    settings = {k: getattr(args, k) for k in ("threads", "precision", "compile", "eager")}
     return {"device": device, **settings, **versions}
 
 
@@ -241,7 +256,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--compile", action="store_true", help="compile the agents' losses")
+    parser.add_argument("--compile", action="store_true", help="compile losses and sampler")
+    parser.add_argument("--eager", action="store_true", help="on CUDA, without CUDA graphs")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--repeats", type=int, default=50, help="calls of each at most")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each at most")

@@ -1,6 +1,7 @@
 """DARE's losses, Eqs. 15, 16 and 35, row by row against plain formulas; rewards and returns."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -315,6 +316,7 @@ def bare_dare(agent=None, **settings):
     """The exchange without its models, which the tests below do not need or replace."""
     dare = object.__new__(dare_iql.DARE)
     dare.cfg, dare.behavior, dare.energy = config(**settings), "nu_0", "f_phi"
+    dare.guided_noise = "eps"
     dare.agent, dare.q_spread, dare.n_spreads = agent, torch.ones(()), torch.zeros(())
     return dare
 
@@ -336,15 +338,60 @@ def test_energies_are_q_in_units_of_its_usual_spread():
     torch.testing.assert_close(raw.energies(states, actions), 2.0 * q)
 
 
+def test_resampled_actions_are_those_of_the_rows_drawn_by_q():
+    """Of the support actions of each row's own state, with probability softmax(s beta_E Q)."""
+    agent, draws = agent_of(config()), 20_000
+    settings = {"reference": "resample", "n_reference": draws, "n_support": 4, "energy_beta": 2.0}
+    dare = bare_dare(agent, **settings, guidance_scale=3.0, energy_normalize=False)
+    states = torch.randn(5, S)
+    dare.actions, dare.online_actions = torch.rand(10, 4, A), torch.rand(6, 4, A)
+    dare.offline_buffer = SimpleNamespace(index=torch.tensor([7, 0]))
+    dare.online_buffer = SimpleNamespace(index=torch.tensor([5, 5, 1]))
+    actions = torch.cat([dare.actions[[7, 0]], dare.online_actions[[5, 5, 1]]])
+    with torch.no_grad():
+        q = agent.q_target(states[:, None].expand(-1, 4, -1), actions)
+    torch.manual_seed(0)
+    found = dare.reference_actions(states)
+    assert found.shape == (5, draws, A)
+    is_action = (found[:, :, None] == actions[:, None]).all(-1)
+    assert (is_action.sum(-1) == 1).all()
+    expected = torch.softmax(3.0 * 2.0 * q, -1)
+    torch.testing.assert_close(is_action.float().mean(1), expected, rtol=0, atol=0.015)
+    assert (expected.amax(-1) - expected.amin(-1)).min() > 0.05  # else the test would see nothing
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_resampling_draws_rows_with_support_alone(monkeypatch, chunk):
+    monkeypatch.setattr(dare_iql, "SUPPORT_CHUNK", chunk)
+    monkeypatch.setattr(
+        dare_iql,
+        "draw_support_actions",
+        lambda _, x, k, steps: (x[:, None, :A] + 1).repeat(1, k, 1),
+    )
+    dare = bare_dare(agent_of(config()), reference="resample")
+    dare.has_support, dare.energy_fitted, dare.n_online = True, True, 0
+    dare.n_online_drawable, dare.online_actions = torch.tensor(0), torch.zeros(20, 16, A)
+    dare.online_buffer = buffer = dare_iql.ReplayBuffer(S, A, 20, "cpu")
+    for n in range(1, 10):
+        buffer.add(torch.randn(1, S), torch.rand(1, A), [0.0], torch.randn(1, S), [0.0])
+        dare.prepare()
+        drawable = buffer.n_drawable.item()
+        assert drawable == n if chunk == 1 else n - 4 < drawable <= n
+        supported = buffer.batch(buffer.rows[:drawable]).observations[:, :A] + 1
+        torch.testing.assert_close(dare.online_actions[:drawable, 0], supported)
+        buffer.sample(200)
+        assert buffer.index.max() == drawable - 1
+
+
 @pytest.mark.parametrize("kind, align", [("gaussian", "gaussian_kl"), ("direct", "softmax_kl")])
 def test_a_pass_of_algorithm_1_exchanges_by_the_scores(monkeypatch, batch, kind, align):
     # References far from the first offline rows and near the online rows: these change sides.
     references = torch.stack([batch.actions, batch.actions + 0.1], 1)
     references[:3] += torch.tensor([1.0, -2.0])
 
-    def sampled(behavior, states, n, energy, guidance_scale, steps):
+    def sampled(behavior, states, n, energy, guidance_scale, steps, noise_prediction):
         assert (behavior, energy) == ("nu_0", "f_phi") and torch.equal(states, batch.observations)
-        assert (n, guidance_scale, steps) == (2, 0, 7)
+        assert (n, guidance_scale, steps, noise_prediction) == (2, 0, 7, "eps")
         return references
 
     monkeypatch.setattr(dare_iql, "sample_actions", sampled)

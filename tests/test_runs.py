@@ -407,6 +407,18 @@ def test_direct_exchange_without_guidance_is_another_run(group, finished, cached
     assert all(row[k] != other[k] for k in [*group.columns, "tau"])
 
 
+def test_resampled_reference_actions(group, finished, cached_runs, capsys):
+    """No energy network, whose loss is not there; support actions of all states, also online."""
+    path = run(cached_runs, group.dare, "--reference", "resample", "--checkpoint_freq", "150")
+    state, last = checkpoint(path), rows(path, "train", "online")[-1]
+    assert last["energy_loss"] == "" and float(last["exchanged"]) > 0 and float(last["tau"]) > 0
+    assert state["dare"]["optimizer"]["state"] == {} and state["dare"]["n_spreads"] == 140
+    assert len(state["dare"]["online_actions"]) > 60
+    kinds = [x.name.split("-")[0] for x in (cached_runs / "cache").glob("support-*.pt")]
+    assert len(kinds) == 2 and "cache hit: behavior" in capsys.readouterr().out
+    assert last["tau"] != rows(finished, "train", "online")[-1]["tau"]
+
+
 # --- Interruption ---
 
 DYING_RUN = """
@@ -572,3 +584,10 @@ def test_an_unknown_data_path_ends_in_one_line(tmp_path, script):
     message = last_line(tmp_path / "runs", script, "--data", str(file))
     assert message.startswith("error: ") and str(file) in message
     assert not (tmp_path / "runs").exists()
+
+
+def test_no_compiler_ends_in_one_line(tmp_path, monkeypatch, group):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    message = last_line(tmp_path, group.baseline, "--compile", "true")
+    assert message.startswith("error: --compile needs a C++ compiler")
+    assert not any(tmp_path.iterdir())

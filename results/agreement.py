@@ -1,0 +1,123 @@
+"""How far cheaper reference actions change DARE's exchange: python results/agreement.py RUN_DIR
+
+RUN_DIR is a finished DARE run with guided reference actions. Batches are drawn from its data and
+its online buffer as fine-tuning draws them; each is scored and exchanged with the run's own setting
+and with others, and a line says how the others compare with it: the correlation of the scores, the
+share of rows that end in the same half, and the share of the exchanged pairs' rows in common.
+"fresh noise" is the run's own setting once more: the agreement that chance leaves. Solver steps are
+compared at equal noise; resampled actions have noise of their own.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "algorithms"))
+
+import d4rl_gymnasium as d4rl  # noqa: E402
+
+# Settings that are compared with the run's own.
+OTHERS = {"fresh noise": {}}
+OTHERS |= {f"{n} steps": {"diffusion_steps": n} for n in (30, 12, 10, 8, 6, 4)}
+OTHERS |= {"resample": {"reference": "resample"}}
+OTHERS |= {f"{m} references": {"n_reference": m} for m in (4, 16)}
+OTHERS |= {"resample, 16 references": {"reference": "resample", "n_reference": 16}}
+
+
+def load_run(path: Path):
+    """Script, DARE and settings of a finished run, as they were at its end."""
+    cfg_values = yaml.safe_load((path / "config.yaml").read_text())
+    script = importlib.import_module("dare_iql" if "iql_tau" in cfg_values else "dare_cql")
+    cfg = script.Config(**cfg_values)
+    if cfg.reference != "guided" or cfg.exchange == "none" or cfg.guidance_scale == 0:
+        sys.exit(f"error: {path} is not a run with guided reference actions and an exchange")
+    dataset = d4rl.qlearning_dataset(cfg.env, data=cfg.data, regenerated_size=cfg.regenerated_size)
+    dims = dataset["observations"].shape[1], dataset["actions"].shape[1]
+    dataset["mc_returns"] = np.zeros(len(dataset["rewards"]))
+    offline, online = (
+        script.ReplayBuffer(*dims, size, "cpu")
+        for size in (len(dataset["rewards"]), cfg.online_iterations)
+    )
+    scale, bias = script.reward_transform(dataset, cfg)
+    dataset["rewards"] = dataset["rewards"] * scale + bias
+    if script.__name__ == "dare_cql":
+        dataset["mc_returns"] = script.monte_carlo_returns(dataset, cfg)
+    offline.add(*(dataset[name] for name in script.Batch._fields))
+    state = script.load(path / "checkpoint.pt")
+    if state["phase"] != "online":
+        sys.exit(f"error: {path} has not begun its online phase")
+    kind = "ImplicitQLearning" if script.__name__ == "dare_iql" else "CalQL"
+    agent = getattr(script, kind)(*dims, cfg, "cpu")
+    agent.load_state_dict(state["agent"])
+    online.load_state_dict(state["online_buffer"])
+    dare = script.DARE(cfg, SimpleNamespace(stop=False), agent, offline, online)
+    dare.load_state_dict(state["dare"])
+    if dare.states.shape[0] != offline.size:
+        sys.exit(f"error: {path} has support actions of some states only (--n_support_states)")
+    return script, dare
+
+
+def pass_of(script, dare, batch, seed: int):
+    """Scores of a batch and which of its rows end in the offline half."""
+    torch.manual_seed(seed)
+    n, cfg = dare.cfg.n_offline, dare.cfg
+    references = dare.reference_actions(batch.observations)
+    scores = script.alignment_score(batch.actions, references, cfg.align)
+    rows = torch.arange(len(scores))  # in the batch's place: they show who changed sides
+    (offline_like,), _, exchanged, _ = script.exchange(
+        (rows[:n],), (rows[n:],), scores[:n], scores[n:], cfg.max_exchange
+    )
+    return scores, torch.isin(rows, offline_like), exchanged.item()
+
+
+def compare(script, dare, seed: int) -> dict:
+    """Correlation, share of equal sides, share of common exchanges and M for one batch."""
+    own, found = dare.cfg, {}
+    torch.manual_seed(seed)
+    dare.online_buffer.n_drawable.fill_(dare.n_online)  # rows that have support actions
+    offline_batch = dare.offline_buffer.sample(own.n_offline)
+    online_batch = dare.online_buffer.sample(own.batch_size - own.n_offline)
+    batch = script.concatenate(offline_batch, online_batch)
+    start = torch.arange(own.batch_size) < own.n_offline
+    scores, side, _ = pass_of(script, dare, batch, seed)
+    for name, settings in OTHERS.items():
+        dare.cfg = dataclasses.replace(own, **settings)
+        other = pass_of(script, dare, batch, seed + (name == "fresh noise"))
+        both, any_ = (side != start) & (other[1] != start), (side != start) | (other[1] != start)
+        correlation = torch.corrcoef(torch.stack([scores, other[0]]))[0, 1].item()
+        common = (both.sum() / any_.sum()).item()  # NaN where neither exchanges
+        found[name] = [correlation, (side == other[1]).float().mean().item(), common, other[2]]
+    dare.cfg = own
+    return found
+
+
+@torch.no_grad()
+def main():
+    """Print a line for each setting: means over batches."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--batches", type=int, default=100)
+    args = parser.parse_args()
+    if not (args.run_dir / "summary.yaml").exists():
+        sys.exit(f"error: {args.run_dir} holds no finished run")
+    torch.set_num_threads(1)
+    script, dare = load_run(args.run_dir)
+    batches = [compare(script, dare, 1_000 * seed) for seed in range(args.batches)]
+    cfg = dare.cfg
+    print(f"{cfg.name}, {cfg.env}, {Path(cfg.data).name}: {cfg.diffusion_steps} steps, guidance "
+          f"{cfg.guidance_scale:g}, {args.batches} batches of {cfg.batch_size}")  # fmt: skip
+    print(f"{'setting':28}{'correlation':>12}{'same half':>12}{'common':>12}{'M':>8}")
+    for name in OTHERS:
+        means = np.nanmean([batch[name] for batch in batches], 0)
+        print(f"{name:28}{means[0]:12.3f}{means[1]:12.3f}{means[2]:12.3f}{means[3]:8.1f}")
+
+
+if __name__ == "__main__":
+    main()
