@@ -891,10 +891,18 @@ class CudaGraph:
             torch.cuda.current_stream().wait_stream(self.stream)
             return self.results
         if self.calls == self.WARM_UP_CALLS + 1:
-            with torch.cuda.graph(self.graph):
-                self.results = self.function()
+            self.record()
         self.graph.replay()
         return self.results
+
+    def record(self):
+        """Note the kernels without running them; what waits for the GPU cannot be noted."""
+        try:
+            with torch.cuda.graph(self.graph):
+                self.results = self.function()
+        except RuntimeError as e:
+            why = str(e).splitlines()[0]
+            sys.exit(f"error: cannot record the update ({why}); take --cuda_graph false")
 
 
 def accelerated(update, cfg: Config, device: str, generator=None):

@@ -323,6 +323,20 @@ def test_a_frozen_number_is_seen(graphs):
     assert total == 1 + 2 + 3 + 4 + 4 + 4 and count == 4
 
 
+def test_an_update_that_cannot_be_recorded_ends_in_one_line(graphs):
+    def update():
+        if len(graphs[0].calls) > 0:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return torch.zeros(()) + 1
+
+    step = iql.CudaGraph(update)
+    for _ in range(3):
+        step()
+    graphs[0].calls.append(None)
+    with pytest.raises(SystemExit, match=r"record the update \(operation not permitted\); take --"):
+        step()
+
+
 def test_graphs_are_for_cuda_alone(monkeypatch):
     monkeypatch.setattr(iql, "CudaGraph", lambda function, generator: "graph")
     settings = {"env": "hopper-medium-v2"}
