@@ -1335,7 +1335,7 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
     online_buffer = ReplayBuffer(*offline_buffer.dims, cfg.online_iterations, agent.device)
     parts = {"agent": agent, "online_buffer": online_buffer, "env": env}
 
-    def update() -> dict:
+    def mixed_update() -> dict:
         """A step of the agent on half offline and half online data."""
         offline_batch = offline_buffer.sample(cfg.n_offline)
         online_batch = online_buffer.sample(cfg.batch_size - cfg.n_offline)
@@ -1343,8 +1343,8 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
 
     if cfg.exchange != "none":  # DARE: Algorithm 1
         parts["dare"] = dare = DARE(cfg, run, agent, offline_buffer, online_buffer)
-        update = dare.update
-    update = accelerated(update, cfg, agent.device)
+        mixed_update = dare.update
+    update = accelerated(mixed_update, cfg, agent.device)
     run.clock, run.clock_step = time.perf_counter(), 0
     start = run.restore("online", parts)
     if start == 0:

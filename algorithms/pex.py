@@ -901,13 +901,13 @@ def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transf
     online_buffer = ReplayBuffer(*offline_buffer.dims, cfg.online_iterations, agent.device)
     parts = {"agent": agent, "online_buffer": online_buffer, "env": env}
 
-    def update() -> dict:
+    def mixed_update() -> dict:
         """A step of the agent on half offline and half online data."""
         offline_batch = offline_buffer.sample(cfg.n_offline)
         online_batch = online_buffer.sample(cfg.batch_size - cfg.n_offline)
         return agent.update(concatenate(offline_batch, online_batch))
 
-    update = accelerated(update, cfg, agent.device)
+    update = accelerated(mixed_update, cfg, agent.device)
     run.clock, run.clock_step = time.perf_counter(), 0
     start = run.restore("online", parts)
     if start == 0:
