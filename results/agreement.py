@@ -14,6 +14,7 @@ import importlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +65,12 @@ def load_run(path: Path):
     return script, dare
 
 
+class Rows(NamedTuple):
+    """A batch of nothing but the numbers of its rows."""
+
+    rows: torch.Tensor
+
+
 def pass_of(script, dare, batch, seed: int):
     """Scores of a batch and which of its rows end in the offline half."""
     torch.manual_seed(seed)
@@ -71,10 +78,10 @@ def pass_of(script, dare, batch, seed: int):
     references = dare.reference_actions(batch.observations)
     scores = script.alignment_score(batch.actions, references, cfg.align)
     rows = torch.arange(len(scores))  # in the batch's place: they show who changed sides
-    (offline_like,), _, exchanged, _ = script.exchange(
-        (rows[:n],), (rows[n:],), scores[:n], scores[n:], cfg.max_exchange
+    offline_like, _, exchanged, _ = script.exchange(
+        Rows(rows[:n]), Rows(rows[n:]), scores[:n], scores[n:], cfg.max_exchange
     )
-    return scores, torch.isin(rows, offline_like), exchanged.item()
+    return scores, torch.isin(rows, offline_like.rows), exchanged.item()
 
 
 def compare(script, dare, seed: int) -> dict:

@@ -1,0 +1,86 @@
+"""The programs in results/ that compare runs and settings."""
+
+import csv
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import dare_iql
+
+RESULTS = Path(__file__).parents[1] / "results"
+DATA = Path(__file__).parent / "data" / "sample_hopper.hdf5"
+ENV = "hopper-medium-v2"
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Import a program of results/ and call it with arguments."""
+    monkeypatch.syspath_prepend(RESULTS)
+
+    def call(name, *args):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        module.main()
+
+    return call
+
+
+@pytest.mark.parametrize("support", [0, 30])
+def test_agreement_of_a_run(tmp_path, program, capsys, monkeypatch, support):
+    args = f"""--env {ENV} --data {DATA} --wandb disabled --device cpu --hidden_dim 8
+        --batch_size 32 --offline_iterations 10 --online_iterations 60 --n_episodes 1
+        --initial_collection_steps 40 --behavior_iterations 10 --energy_iterations 5
+        --behavior_batch_size 16 --behavior_width 8 --energy_hidden 8 --energy_batch_size 8
+        --n_support 2 --n_support_states {support} --diffusion_steps 8 --runs_dir {tmp_path}"""
+    dare_iql.main(args.split())
+    run = tmp_path / "dare_iql" / ENV / "seed_0"
+    if support:
+        with pytest.raises(SystemExit, match="support actions of some states only"):
+            program("agreement", run, "--batches", 2)
+        return
+    capsys.readouterr()
+    program("agreement", run, "--batches", 3)
+    found = {
+        re.split(r"\s{2,}", line)[0]: [float(x) for x in re.split(r"\s{2,}", line)[1:]]
+        for line in capsys.readouterr().out.splitlines()
+        if re.search(r"\s{2,}-?\d", line)
+    }
+    assert len(found) == 11
+    assert found["8 steps"][:3] == [1.0, 1.0, 1.0]  # the run's own setting
+    for name in ("fresh noise", "resample", "16 references"):
+        correlation, same, common, exchanged = found[name]
+        assert correlation < 1 and 0 <= common <= same <= 1 and 0 < exchanged <= 16, name
+    assert found["30 steps"][0] > found["fresh noise"][0]
+
+
+def finished_run(path, scores, qs):
+    path.mkdir(parents=True)
+    (path / "summary.yaml").write_text(yaml.safe_dump({"last_four_mean": 7.0}))
+    for name, column, values in [("eval", "normalized_score", scores), ("train", "q", qs)]:
+        with open(path / f"{name}.csv", "w", newline="") as f:
+            writer = csv.writer(f)
+            writer.writerow(["phase", "step", column, "steps_per_second"])
+            writer.writerows(["offline", i, x, 10] for i, x in enumerate(values))
+
+
+def test_compare(tmp_path, program, capsys):
+    for seed, shift in [(0, 1.0), (1, 3.0)]:
+        finished_run(tmp_path / "a" / ENV / f"seed_{seed}", [1, 10, 20], [5, 50])
+        finished_run(tmp_path / "b" / ENV / f"seed_{seed}", [1, 10, 20 + shift], [5, 50 - shift])
+    finished_run(tmp_path / "a" / ENV / "seed_2", [0, 0, 0], [0, 0])  # of no other's
+    program("compare", tmp_path, "a", "b", "--csv", tmp_path / "single.csv")
+    lines = capsys.readouterr().out.splitlines()
+    expected = [f"| {ENV} | offline score | 2 | 20.0 ± 0.0 | 22.0 ± 1.0 | +2.0 | +1.0 to +3.0 |"]
+    expected += [f"| {ENV} | mean offline score | 2 | 15.0 ± 0.0 | 16.0 ± 0.5 | +1.0 "
+                 "| +0.5 to +1.5 |"]  # fmt: skip
+    expected += [f"| {ENV} | offline mean Q | 2 | 50.0 ± 0.0 | 48.0 ± 1.0 | -2.0 | -3.0 to -1.0 |"]
+    assert lines[2:5] == expected and len(lines) == 6
+    with open(tmp_path / "single.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 8 and rows[0]["quantity"] == "offline score" and rows[0]["b"] == "21.0"
+    with pytest.raises(SystemExit, match="no seed in .* is finished by both a and c"):
+        program("compare", tmp_path, "a", "c")
