@@ -111,11 +111,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--batches", type=int, default=100)
+    parser.add_argument("--guidance_scale", type=float, help="instead of the run's own")
     args = parser.parse_args()
     if not (args.run_dir / "summary.yaml").exists():
         sys.exit(f"error: {args.run_dir} holds no finished run")
     torch.set_num_threads(1)
     script, dare = load_run(args.run_dir)
+    if args.guidance_scale is not None:
+        dare.cfg = dataclasses.replace(dare.cfg, guidance_scale=args.guidance_scale)
     batches = [compare(script, dare, 1_000 * seed) for seed in range(args.batches)]
     cfg = dare.cfg
     print(f"{cfg.name}, {cfg.env}, {Path(cfg.data).name}: {cfg.diffusion_steps} steps, guidance "

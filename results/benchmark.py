@@ -148,9 +148,11 @@ def online_steps(args, runs_dir) -> dict:
         agent.start_online()
         if args.compile:
             agent.losses = torch.compile(agent.losses)
-        for more in ({}, {"diffusion_steps": 8}, {"reference": "resample"}):
+        for more in ({}, {"diffusion_steps": 15}, {"reference": "resample"}):
             dare = dare_of(script, dataclasses.replace(cfg, **more), agent, offline, online)
-            name = ", ".join(str(x).replace("8", "8 steps") for x in more.values()) or "15 steps"
+            name = more.get(
+                "reference", f"{more.get('diffusion_steps', cfg.diffusion_steps)} steps"
+            )
             calls[f"{script.__name__} online update, {name}"] = accelerated(dare.update, dare)
             parts = parts_of(dare, offline.sample(cfg.batch_size).observations)
             calls |= {k: accelerated(part, dare) for k, part in parts.items() if k not in calls}

@@ -79,7 +79,7 @@ CHOSEN = {
     "online_expectile": 0.99,  # App. G
     "align": "gaussian_kl",
     "n_reference": 1,
-    "diffusion_steps": 15,
+    "diffusion_steps": 10,
     "behavior_width": 512,
     "energy_beta": 3.0,
     "eval_freq": 10_000,
