@@ -60,9 +60,13 @@ def load_run(path: Path):
     online.load_state_dict(state["online_buffer"])
     dare = script.DARE(cfg, SimpleNamespace(stop=False), agent, offline, online)
     dare.load_state_dict(state["dare"])
-    if dare.states.shape[0] != offline.size:
-        sys.exit(f"error: {path} has support actions of some states only (--n_support_states)")
     return script, dare
+
+
+def others_of(dare) -> list:
+    """Names of what can be compared: resampling needs the support actions of all dataset states."""
+    complete = len(dare.states) == dare.offline_buffer.size
+    return [name for name in OTHERS if complete or "resample" not in name]
 
 
 class Rows(NamedTuple):
@@ -94,7 +98,8 @@ def compare(script, dare, seed: int) -> dict:
     batch = script.concatenate(offline_batch, online_batch)
     start = torch.arange(own.batch_size) < own.n_offline
     scores, side, _ = pass_of(script, dare, batch, seed)
-    for name, settings in OTHERS.items():
+    for name in others_of(dare):
+        settings = OTHERS[name]
         dare.cfg = dataclasses.replace(own, **settings)
         other = pass_of(script, dare, batch, seed + (name == "fresh noise"))
         both, any_ = (side != start) & (other[1] != start), (side != start) | (other[1] != start)
@@ -124,7 +129,7 @@ def main():
     print(f"{cfg.name}, {cfg.env}, {Path(cfg.data).name}: {cfg.diffusion_steps} steps, guidance "
           f"{cfg.guidance_scale:g}, {args.batches} batches of {cfg.batch_size}")  # fmt: skip
     print(f"{'setting':28}{'correlation':>12}{'same half':>12}{'common':>12}{'M':>8}")
-    for name in OTHERS:
+    for name in others_of(dare):
         means = np.nanmean([batch[name] for batch in batches], 0)
         print(f"{name:28}{means[0]:12.3f}{means[1]:12.3f}{means[2]:12.3f}{means[3]:8.1f}")
 
