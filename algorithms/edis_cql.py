@@ -41,9 +41,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 import d4rl_gymnasium as d4rl
-from diffusion.networks import TIME_FEATURES, TimeFeatures  # EDIS
-from diffusion.process import alpha_sigma, solve  # EDIS
-from diffusion.training import perturb_randomly  # EDIS
+from diffusion import alpha_sigma, perturb, solve  # EDIS
+from diffusion.process import T_MAX, T_MIN  # EDIS
 
 # --- Config ---
 
@@ -598,20 +597,34 @@ class CalQL:
 # EDIS: Liu et al. (2024). Here an energy f is minus theirs, as in diffusion/: guidance adds grad f.
 
 
+def time_features(t):
+    """Smooth features of times, [..., 4]: noise predictions and energies are smooth in t."""
+    alpha, sigma = alpha_sigma(t)
+    return torch.stack([t, alpha, sigma, sigma.log() / 4], -1)
+
+
+def noised(x, *shape: int):
+    """Rows x [*shape or wider, W] at times [*shape]: the times, the noise and the noised rows."""
+    # Half of the times lie below 1/4, where densities differ most.
+    t = T_MIN + (T_MAX - T_MIN) * torch.rand(shape, device=x.device).square()
+    noise = torch.randn_like(x)
+    return t, noise, perturb(x, t, noise)
+
+
 class TransitionModel(nn.Module):
     """Noise in standardized rows (s, a, r, s', terminal) of W columns; a residual MLP."""
 
     def __init__(self, n_columns: int, width: int, depth: int):
         super().__init__()
         self.input, self.output = nn.Linear(n_columns, width), nn.Linear(width, n_columns)
-        self.time_features, self.time = TimeFeatures(), nn.Linear(TIME_FEATURES, width)
+        self.time = nn.Linear(4, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         for name in ("mean", "std", "low", "high"):
             self.register_buffer(name, torch.zeros(n_columns))
 
     def forward(self, x_t, t):
         """Noise in x_t [N, W] at t (0-d or [N]), [N, W]."""
-        h = self.input(x_t) + self.time(self.time_features(t))
+        h = self.input(x_t) + self.time(time_features(t))
         for layer in self.layers:
             h = h + layer(torch.relu(h))
         return self.output(torch.relu(h)).float()  # a product in bf16 ends here
@@ -638,18 +651,18 @@ class TransitionEnergy(nn.Module):
 
     def __init__(self, n_columns: int, hidden: int):
         super().__init__()
-        self.n_columns, self.time_features = n_columns, TimeFeatures()
-        self.net = MLP([n_columns + TIME_FEATURES, hidden, hidden, hidden, 1])
+        self.n_columns = n_columns
+        self.net = MLP([n_columns + 4, hidden, hidden, hidden, 1])
 
     def forward(self, x_t, t):
         """Energies [...] of x_t [..., W] at t, which broadcasts to [...]."""
-        time_features = self.time_features(t).expand(*x_t.shape[:-1], -1)
-        return self.net(torch.cat([x_t[..., : self.n_columns], time_features], -1)).squeeze(-1)
+        times = time_features(t).expand(*x_t.shape[:-1], -1)
+        return self.net(torch.cat([x_t[..., : self.n_columns], times], -1)).squeeze(-1)
 
 
 def transition_loss(model: TransitionModel, x):
     """Noise prediction loss on standardized rows [B, W], a scalar."""
-    t, noise, x_t = perturb_randomly(x, x.shape[:1])
+    t, noise, x_t = noised(x, len(x))
     return F.mse_loss(model(x_t, t), noise)
 
 
@@ -661,7 +674,7 @@ def contrastive_loss(energy: TransitionEnergy, positives, negatives):
     the gradient of c would guide the states.
     """
     x = torch.cat([positives[:, None], negatives], 1)
-    t, _, x_t = perturb_randomly(x, (len(x), 1))
+    t, _, x_t = noised(x, len(x), 1)
     return -energy(x_t, t).log_softmax(1)[:, 0].mean()
 
 

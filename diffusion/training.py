@@ -14,7 +14,7 @@ from diffusion.process import T_MAX, T_MIN, perturb
 REPORT_EVERY = 1_000  # updates between looks at the loss, each of which waits for the device
 
 
-def perturb_randomly(actions: Tensor, t_shape: tuple[int, ...], generator: Generator | None = None):
+def _perturbed(actions: Tensor, t_shape: tuple[int, ...], generator: Generator | None):
     """Times ~ U[T_MIN, T_MAX], noise ~ N(0, I), and the actions perturbed by them."""
     like = {"device": actions.device, "dtype": actions.dtype, "generator": generator}
     t = T_MIN + (T_MAX - T_MIN) * torch.rand(t_shape, **like)
@@ -29,7 +29,7 @@ def behavior_loss(
 
     The mean over rows and action dimensions: 1 is what predicting no noise costs.
     """
-    t, noise, actions_t = perturb_randomly(actions, actions.shape[:1], generator)
+    t, noise, actions_t = _perturbed(actions, actions.shape[:1], generator)
     return mse_loss(model(actions_t, states, t).to(noise.dtype), noise)
 
 
@@ -46,7 +46,7 @@ def energy_loss(
     whose softmax over k are the labels (in Eq. 34, E := -Q, and its -f is this f). One t per state,
     own noise per action. The minimiser is f = log E[exp(beta_E Q(s, a_0)) | a_t] + c(s, t).
     """
-    t, _, actions_t = perturb_randomly(support_actions, (states.shape[0], 1), generator)
+    t, _, actions_t = _perturbed(support_actions, (states.shape[0], 1), generator)
     log_probabilities = model(actions_t, states[:, None], t).to(energies.dtype).log_softmax(dim=-1)
     return -(energies.softmax(dim=-1) * log_probabilities).sum(dim=-1).mean()
 

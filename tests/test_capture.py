@@ -1,5 +1,7 @@
 """An update reads no value on the host and has static shapes: what a CUDA graph's capture needs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cal_ql
 import dare_cql
 import dare_iql
+import edis_cql
+import edis_iql
 import iql
 import pex
 from diffusion import BehaviorModel, EnergyModel
@@ -17,6 +21,7 @@ FORBIDDEN = """_local_scalar_dense is_nonzero equal nonzero masked_select unique
     unique_consecutive bincount repeat_interleave""".split()
 AGENTS = {iql: "ImplicitQLearning", dare_iql: "ImplicitQLearning", pex: "ImplicitQLearning"}
 AGENTS |= {cal_ql: "CalQL", dare_cql: "CalQL"}
+AGENTS |= {edis_iql: "ImplicitQLearning", edis_cql: "CalQL"}
 NAMES = [script.__name__ for script in AGENTS]
 
 
@@ -110,6 +115,29 @@ def test_a_pass_of_algorithm_1(script, kind, guidance_scale):
     halves = [batch_of(script, B // 2, scale) for scale in (1.0, 0.1)]
     dare(agent, *halves)
     shapes = [captured(lambda x=x: dare(agent, *x)) for x in (halves, halves[::-1])]
+    assert shapes[0] == shapes[1] and len(shapes[0]) > 50
+
+
+@pytest.mark.parametrize("script", [edis_iql, edis_cql], ids=["edis_iql", "edis_cql"])
+def test_trainings_of_the_model_and_its_energies(script):
+    agent = agent_of(script, model_width=8, model_depth=2, energy_hidden=8, n_denoising_steps=3)
+    buffers = [script.ReplayBuffer(S, A, 30, "cpu") for _ in range(2)]
+    for buffer in buffers:
+        buffer.rows.normal_()
+        buffer.size = 30
+    edis = script.EDIS(agent.cfg, SimpleNamespace(stop=False), agent, *buffers)
+    rows = torch.cat([buffer.rows[:, : edis.n_columns] for buffer in buffers])
+    edis.model.set_statistics(rows)
+    x = edis.model.standardize(rows)
+    energies = [(energy, 1.0) for energy in edis.energies.values()]
+    pairs = edis.contrasts(rows, x)
+    for network, losses, data in (
+        (edis.model, edis.model_losses, x),
+        (edis.energies, edis.energy_losses, pairs),
+    ):
+        shapes = [captured(lambda n=n: edis.fit(network, losses, data, n, 1e-3)) for n in (2, 4)]
+        assert len(shapes[1]) > len(shapes[0]) > 50
+    shapes = [captured(lambda: edis.generate(20, energies)) for _ in range(2)]
     assert shapes[0] == shapes[1] and len(shapes[0]) > 50
 
 
