@@ -131,11 +131,9 @@ def test_trainings_of_the_model_and_its_energies(script):
     x = edis.model.standardize(rows)
     energies = [(energy, 1.0) for energy in edis.energies.values()]
     pairs = edis.contrasts(rows, x)
-    for network, losses, data in (
-        (edis.model, edis.model_losses, x),
-        (edis.energies, edis.energy_losses, pairs),
-    ):
-        shapes = [captured(lambda n=n: edis.fit(network, losses, data, n, 1e-3)) for n in (2, 4)]
+    fits = [(edis.model, edis.model_losses, x), (edis.energies, edis.energy_losses, pairs)]
+    for fit in fits:
+        shapes = [captured(lambda x=(*fit, n): edis.fit(*x, lr=1e-3)) for n in (2, 4)]
         assert len(shapes[1]) > len(shapes[0]) > 50
     shapes = [captured(lambda: edis.generate(20, energies)) for _ in range(2)]
     assert shapes[0] == shapes[1] and len(shapes[0]) > 50
