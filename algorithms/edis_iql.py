@@ -3,7 +3,6 @@
 EDIS (Liu et al., 2024; Table 6) on implicit Q-learning: this file is algorithms/iql.py plus what is
 marked `# EDIS`. A diffusion model generates the transitions of each online batch's offline half.
 
-
 IQL is Kostrikov et al. (2021). Online, each batch is half offline data and half online data, as
 in PEX (Zhang et al., 2023). Equation and table numbers are the DARE paper's.
 """
@@ -152,7 +151,7 @@ AT_LEAST_1 = """n_denoising_steps model_depth model_width model_iterations model
     energy_hidden energy_iterations energy_batch_size n_negatives n_unguided n_generated"""
 LOWEST |= dict.fromkeys(AT_LEAST_1.split(), 1)
 ENERGIES = ["state", "action", "dynamics"]
-CSV_COLUMNS["train"] += ["model_loss", *(f"{name}_loss" for name in ENERGIES)]
+CSV_COLUMNS["train"] += [f"{name}_loss" for name in ["model", "terminal", *ENERGIES]]
 
 
 class Parser(pyrallis.argparsing.ArgumentParser):
@@ -482,13 +481,18 @@ def noised(x, *shape: int):
 
 
 class TransitionModel(nn.Module):
-    """Noise in standardized rows (s, a, r, s', terminal) of W columns; a residual MLP."""
+    """Noise in standardized rows (s, a, r, s') of W columns, a residual MLP; which are terminal.
+
+    Terminals are rare, so 1 is many standard deviations from 0: as a further column of the rows
+    they came out a fifth as often as online. A classifier of whole rows gives their probability.
+    """
 
     def __init__(self, n_columns: int, width: int, depth: int):
         super().__init__()
         self.input, self.output = nn.Linear(n_columns, width), nn.Linear(width, n_columns)
         self.time = nn.Linear(4, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.terminal = MLP([n_columns, width, width, 1])
         for name in ("mean", "std", "low", "high"):
             self.register_buffer(name, torch.zeros(n_columns))
 
@@ -510,10 +514,10 @@ class TransitionModel(nn.Module):
         return (rows - self.mean) / self.std
 
     def restore(self, x):
-        """Inverse of standardize, within the columns' ranges; terminals are what exceeds 1/2."""
+        """Rows (s, a, r, s', probability of a terminal) of standardized rows, within the ranges."""
         rows = (self.mean + self.std * x).clamp(self.low, self.high)
-        rows[:, -1] = (rows[:, -1] > 0.5).float()
-        return rows
+        # Bootstrapping with 1 - p is the mean of drawing the terminal, without the noise of it.
+        return torch.cat([rows, self.terminal(self.standardize(rows)).sigmoid()], 1)
 
 
 class TransitionEnergy(nn.Module):
@@ -592,7 +596,7 @@ class EDIS:
     def __init__(self, cfg: Config, run, agent, offline_buffer: ReplayBuffer, online_buffer):
         self.cfg, self.run, self.agent = cfg, run, agent
         self.buffers, dims = (offline_buffer, online_buffer), offline_buffer.dims
-        self.n_columns = sum(offline_buffer.widths[:5])  # without Cal-QL's mc_returns
+        self.n_columns = sum(offline_buffer.widths[:4])  # s, a, r and s'
         columns = dict.fromkeys(ENERGIES, self.n_columns) | {"action": sum(dims)}
         scales = (cfg.state_guidance, cfg.action_guidance, cfg.dynamics_guidance)
         self.scales = {k: x for k, x in zip(ENERGIES, scales, strict=True) if x > 0}
@@ -617,26 +621,31 @@ class EDIS:
     def train(self, step: int) -> dict:
         """Train the model on all data, then the energies; generate all rows anew."""
         cfg = self.cfg
-        rows = torch.cat([x.rows[: x.size, : self.n_columns] for x in self.buffers])
+        rows = torch.cat([x.rows[: x.size, : self.n_columns + 1] for x in self.buffers])
+        rows, terminals = rows[:, :-1], rows[:, -1:]
         self.model.set_statistics(rows)
         x, sizes = self.model.standardize(rows), (cfg.model_iterations, cfg.model_lr)
-        losses = self.fit(self.model, self.model_losses, x, *sizes, decay=True)
+        table = torch.cat([x, terminals], 1)
+        losses = self.fit(self.model, self.model_losses, table, *sizes, decay=True)
         if self.scales:
             pairs, sizes = self.contrasts(rows, x), (cfg.energy_iterations, cfg.energy_lr)
             losses |= self.fit(self.energies, self.energy_losses, pairs, *sizes)
         energies = [(self.energies[k], scale) for k, scale in self.scales.items()]
-        generated = self.model.restore(self.generate(cfg.n_generated, energies))
+        with torch.no_grad():
+            generated = self.model.restore(self.generate(cfg.n_generated, energies))
         for name, values in {**losses, "a generated transition": generated}.items():
             if not values.isfinite().all():
                 self.run.stop_on_nan(name, "online", step)
         # Cal-QL's Monte-Carlo returns are -inf here: a bound that never holds.
-        n_returns = self.generated.rows.shape[1] - self.n_columns
+        n_returns = self.generated.rows.shape[1] - generated.shape[1]
         self.generated.load_state_dict({"rows": F.pad(generated, (0, n_returns), value=-math.inf)})
         return losses
 
-    def model_losses(self, x) -> dict:
-        """Loss of the model on a batch of standardized rows [N, W]."""
-        return {"model_loss": transition_loss(self.model, draw(x, self.cfg.model_batch_size))}
+    def model_losses(self, table) -> dict:
+        """Losses of the model on a batch of standardized rows and terminals [N, W + 1]."""
+        x, terminals = draw(table, self.cfg.model_batch_size).split([self.n_columns, 1], 1)
+        of_terminals = F.binary_cross_entropy_with_logits(self.model.terminal(x), terminals)
+        return {"model_loss": transition_loss(self.model, x), "terminal_loss": of_terminals}
 
     def contrasts(self, rows, x) -> dict:
         """Positives and negatives of each energy, from all rows [N, W], as they are and as x."""

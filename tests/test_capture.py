@@ -126,12 +126,12 @@ def test_trainings_of_the_model_and_its_energies(script):
         buffer.rows.normal_()
         buffer.size = 30
     edis = script.EDIS(agent.cfg, SimpleNamespace(stop=False), agent, *buffers)
-    rows = torch.cat([buffer.rows[:, : edis.n_columns] for buffer in buffers])
+    table = torch.cat([buffer.rows[:, : edis.n_columns + 1] for buffer in buffers]).sigmoid()
+    rows = table[:, :-1]
     edis.model.set_statistics(rows)
-    x = edis.model.standardize(rows)
     energies = [(energy, 1.0) for energy in edis.energies.values()]
-    pairs = edis.contrasts(rows, x)
-    fits = [(edis.model, edis.model_losses, x), (edis.energies, edis.energy_losses, pairs)]
+    pairs = edis.contrasts(rows, edis.model.standardize(rows))
+    fits = [(edis.model, edis.model_losses, table), (edis.energies, edis.energy_losses, pairs)]
     for fit in fits:
         shapes = [captured(lambda x=(*fit, n): edis.fit(*x, lr=1e-3)) for n in (2, 4)]
         assert len(shapes[1]) > len(shapes[0]) > 50
