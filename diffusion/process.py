@@ -62,7 +62,7 @@ def solve(
     noise_prediction: Callable[[Tensor, Tensor], Tensor],
     initial_noise: Tensor,
     steps: int,
-    max_action: float | None = None,
+    max_action: float | Tensor | None = None,
 ) -> Tensor:
     """Run the diffusion from t = 1 to 1e-3 in `steps` noise predictions; second order.
 

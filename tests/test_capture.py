@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 import cal_ql
 import dare_cql
 import dare_iql
+import edis_cql
+import edis_iql
 import iql
 import pex
 from diffusion import BehaviorModel, train_behavior
@@ -25,6 +27,7 @@ FORBIDDEN = """_local_scalar_dense is_nonzero equal nonzero masked_select unique
     unique_consecutive bincount repeat_interleave""".split()
 AGENTS = {iql: "ImplicitQLearning", dare_iql: "ImplicitQLearning", pex: "ImplicitQLearning"}
 AGENTS |= {cal_ql: "CalQL", dare_cql: "CalQL"}
+AGENTS |= {edis_iql: "ImplicitQLearning", edis_cql: "CalQL"}
 NAMES = [script.__name__ for script in AGENTS]
 
 
@@ -146,6 +149,27 @@ def test_a_pass_of_algorithm_1(tmp_path, script, kind, reference):
     shapes = [captured(dare.update) for _ in range(2)]
     assert shapes[0] == shapes[1] and len(shapes[0]) > 150
     assert [x.data_ptr() for x in tensors_of(dare)] == addresses
+
+
+@pytest.mark.parametrize("script", [edis_iql, edis_cql], ids=["edis_iql", "edis_cql"])
+def test_trainings_of_the_model_and_its_energies(script):
+    agent = agent_of(script, model_width=8, model_depth=2, energy_hidden=8, n_denoising_steps=3)
+    buffers = [script.ReplayBuffer(S, A, 30, "cpu") for _ in range(2)]
+    for buffer in buffers:
+        buffer.rows.normal_()
+        buffer.size = 30
+    edis = script.EDIS(agent.cfg, SimpleNamespace(stop=False), agent, *buffers)
+    table = torch.cat([buffer.rows[:, : edis.n_columns + 1] for buffer in buffers]).sigmoid()
+    rows = table[:, :-1]
+    edis.model.set_statistics(rows)
+    energies = [(energy, 1.0) for energy in edis.energies.values()]
+    pairs = edis.contrasts(rows, edis.model.standardize(rows))
+    fits = [(edis.model, edis.model_losses, table), (edis.energies, edis.energy_losses, pairs)]
+    for fit in fits:
+        shapes = [captured(lambda x=(*fit, n): edis.fit(*x, lr=1e-3)) for n in (2, 4)]
+        assert len(shapes[1]) > len(shapes[0]) > 50
+    shapes = [captured(lambda: edis.generate(20, energies)) for _ in range(2)]
+    assert shapes[0] == shapes[1] and len(shapes[0]) > 50
 
 
 def test_sampling_a_batch():

@@ -12,6 +12,8 @@ import yaml
 import cal_ql
 import dare_cql
 import dare_iql
+import edis_cql
+import edis_iql
 import iql
 import pex
 
@@ -120,6 +122,29 @@ TABLE_4 = {
 }
 
 
+# Table 6; and what it does not say: the guidance is EDIS's product of densities, the sizes of what
+# is generated and of an energy batch are its released settings, the other two are ours.
+TABLE_6 = {
+    "edis_freq": 10_000,
+    "state_guidance": 1.0,
+    "action_guidance": 1.0,
+    "dynamics_guidance": 1.0,
+    "n_denoising_steps": 128,
+    "model_depth": 6,
+    "model_width": 1024,
+    "model_iterations": 50_000,
+    "model_batch_size": 256,
+    "model_lr": 3e-4,
+    "energy_hidden": 256,
+    "energy_iterations": 5_000,
+    "energy_batch_size": 256,
+    "energy_lr": 1e-3,
+    "n_negatives": 10,
+    "n_unguided": 20_000,
+    "n_generated": 100_000,
+}
+
+
 def parse(*args, script=dare_iql):
     return script.Parser(script.Config, allow_abbrev=False).parse_args(list(args))
 
@@ -159,7 +184,15 @@ def test_pex_has_the_settings_of_iql_and_its_own(env):
     assert resolved == of_iql | {"inv_temperature": 10.0, "eval_epsilon": 0.1}
 
 
-@pytest.mark.parametrize("script", [dare_iql, dare_cql])
+@pytest.mark.parametrize("baseline, script", [(iql, edis_iql), (cal_ql, edis_cql)])
+@pytest.mark.parametrize("env", ENVS_OF_THE_PAPER)
+def test_edis_has_the_settings_of_its_baseline_and_its_own(env, baseline, script):
+    resolved = dataclasses.asdict(parse("--env", env, script=script))
+    of_baseline = dataclasses.asdict(parse("--env", env, script=baseline))
+    assert resolved == of_baseline | {"name": script.__name__} | TABLE_6
+
+
+@pytest.mark.parametrize("script", [dare_iql, dare_cql, edis_iql, edis_cql])
 def test_every_setting_has_its_place_in_or_beside_the_cache_key(script):
     """What is not in the key changes nothing offline, or acts on the data, which is in it too."""
     of_data = {"data", "regenerated_size", "reward_scale", "reward_bias", "is_sparse_reward"}
@@ -168,13 +201,14 @@ def test_every_setting_has_its_place_in_or_beside_the_cache_key(script):
     online = {"checkpoint_freq", "eval_freq", "utd", "mixing_ratio", "online_iterations"}
     online |= {"initial_collection_steps", "calibrated_online", "cql_alpha_online"}
     fields = [f.name for f in dataclasses.fields(script.Config)]
-    of_dare = set(fields[fields.index("exchange") :])
-    rest = set(fields) - set(script.OFFLINE_FIELDS) - of_data - of_machine - online - of_dare
-    assert rest == ({"normalize_reward"} if script is dare_cql else set())  # in the rewards
+    first = "exchange" if script in (dare_iql, dare_cql) else "edis_freq"
+    of_method = set(fields[fields.index(first) :])
+    rest = set(fields) - set(script.OFFLINE_FIELDS) - of_data - of_machine - online - of_method
+    assert rest == ({"normalize_reward"} if script in (dare_cql, edis_cql) else set())  # in rewards
 
 
 def test_defaults_are_those_of_the_default_task():
-    for script in (iql, dare_iql, cal_ql, dare_cql, pex):
+    for script in (iql, dare_iql, cal_ql, dare_cql, pex, edis_iql, edis_cql):
         assert parse(script=script) == parse("--env", "antmaze-umaze-v2", script=script)
     assert parse().env == "antmaze-umaze-v2"
 
@@ -246,6 +280,17 @@ IMPOSSIBLE_CQL = {
 }
 
 
+IMPOSSIBLE_EDIS = {
+    "negative interval": ("--edis_freq -1", ["edis_freq", "-1"]),
+    "guidance away from the target": ("--state_guidance -0.5", ["state_guidance", "-0.5"]),
+    "no negatives": ("--n_negatives 0", ["n_negatives", "1"]),
+    "no solver step": ("--n_denoising_steps 0", ["n_denoising_steps", "1"]),
+    "no training": ("--model_iterations 0", ["model_iterations", "1"]),
+    "nothing generated": ("--n_generated 0", ["n_generated", "1"]),
+    "setting of DARE": ("--guidance_scale 1", ["guidance_scale"]),
+}
+
+
 def one_error_line(capsys, *args, script=dare_iql):
     """Message of the SystemExit that parsing ends in; nothing else is printed."""
     with pytest.raises(SystemExit) as stop:
@@ -265,6 +310,13 @@ def test_impossible_arguments_end_in_one_line(capsys, args, parts):
 @pytest.mark.parametrize("args, parts", list(IMPOSSIBLE_CQL.values()), ids=list(IMPOSSIBLE_CQL))
 def test_impossible_arguments_of_the_cql_group(capsys, args, parts):
     message = one_error_line(capsys, *args.split(), script=dare_cql)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("script", [edis_iql, edis_cql])
+@pytest.mark.parametrize("args, parts", list(IMPOSSIBLE_EDIS.values()), ids=list(IMPOSSIBLE_EDIS))
+def test_impossible_arguments_of_edis(capsys, script, args, parts):
+    message = one_error_line(capsys, *args.split(), script=script)
     assert all(part in message for part in parts), message
 
 
@@ -339,7 +391,7 @@ def test_help_shows_every_field_with_its_comment(wide_terminal):
         assert comment and f"--{name} {kinds[name]} {comment} (default: " in described, name
 
 
-@pytest.mark.parametrize("script", [iql, cal_ql, dare_cql, pex])
+@pytest.mark.parametrize("script", [iql, cal_ql, dare_cql, pex, edis_iql, edis_cql])
 def test_help_of_the_other_scripts(capsys, wide_terminal, script):
     with pytest.raises(SystemExit) as stop:
         parse("--help", script=script)

@@ -18,6 +18,8 @@ PAIRS = [
     ("iql.py", "dare_iql.py", "# DARE"),
     ("cal_ql.py", "dare_cql.py", "# DARE"),
     ("iql.py", "pex.py", "# PEX"),
+    ("iql.py", "edis_iql.py", "# EDIS"),
+    ("cal_ql.py", "edis_cql.py", "# EDIS"),
 ]
 # Definitions of one name that are another thing in each group of methods
 OF_THE_GROUP = {"Config", "Batch", "TwinQ", "reward_transform", "fine_tune", "main"}
@@ -64,10 +66,16 @@ def section(name, rail):
     return lines[start : ends[0]]
 
 
-def test_the_exchange_is_the_same_text_in_both_dare_scripts():
-    rail = "# --- Alignment and exchange (DARE) ---"
-    of_iql, of_cql = section("dare_iql.py", rail), section("dare_cql.py", rail)
-    assert len(of_iql) > 200
+@pytest.mark.parametrize(
+    "method, rail, length",
+    [
+        ("dare", "# --- Alignment and exchange (DARE) ---", 200),
+        ("edis", "# --- Transition model and energies (EDIS) ---", 150),
+    ],
+)
+def test_a_method_is_the_same_text_in_both_groups(method, rail, length):
+    of_iql, of_cql = section(f"{method}_iql.py", rail), section(f"{method}_cql.py", rail)
+    assert len(of_iql) > length
     assert of_iql == of_cql
 
 

@@ -22,6 +22,8 @@ import cal_ql
 import d4rl_gymnasium as d4rl
 import dare_cql
 import dare_iql
+import edis_cql
+import edis_iql
 import iql
 import pex
 
@@ -33,6 +35,9 @@ TRUNK = f"""--env {ENV} --data {DATA} --wandb disabled --device cpu --hidden_dim
 DARE = """--behavior_iterations 50 --behavior_batch_size 32 --behavior_width 8 --energy_hidden 8
     --energy_iterations 20 --energy_batch_size 16 --n_support 2 --n_support_states 50
     --diffusion_steps 2""".split()
+EDIS = """--edis_freq 100 --model_width 8 --model_depth 2 --model_iterations 20
+    --model_batch_size 16 --energy_hidden 8 --energy_iterations 10 --energy_batch_size 16
+    --n_negatives 2 --n_unguided 20 --n_generated 40 --n_denoising_steps 3""".split()
 # The Lagrange multiplier and the max-target backup are AntMaze's, the rewards nearly so.
 CQL = """--cql_n_actions 4 --cql_lagrange true --cql_max_target_backup true --reward_scale 10
     --reward_bias -5""".split()
@@ -96,8 +101,9 @@ def one_thread():
 def arguments(runs_dir, script, *more):
     """Command line of a tiny run; `more` overrides."""
     of_dare = DARE if script in (dare_iql, dare_cql) else []
-    of_cql = CQL if script in (cal_ql, dare_cql) else []
-    return [*TRUNK, *of_dare, *of_cql, "--runs_dir", str(runs_dir), *more]
+    of_edis = EDIS if script in (edis_iql, edis_cql) else []
+    of_cql = CQL if script in (cal_ql, dare_cql, edis_cql) else []
+    return [*TRUNK, *of_dare, *of_edis, *of_cql, "--runs_dir", str(runs_dir), *more]
 
 
 def run(runs_dir, script, *more):
@@ -578,7 +584,7 @@ def test_weights_that_break_with_finite_losses_are_not_saved(
     assert all(x.isfinite().all() for x in state["agent"]["actor"].values())
 
 
-@pytest.mark.parametrize("script", [iql, dare_iql, cal_ql, dare_cql, pex])
+@pytest.mark.parametrize("script", [iql, dare_iql, cal_ql, dare_cql, pex, edis_iql, edis_cql])
 def test_an_unknown_data_path_ends_in_one_line(tmp_path, script):
     file = tmp_path / "no_such_file.hdf5"
     message = last_line(tmp_path / "runs", script, "--data", str(file))
