@@ -681,18 +681,22 @@ class EDIS:
 
     def fit(self, network, losses, data, iterations: int, lr: float, decay: bool = False) -> dict:
         """Train on the sum of losses(data), with a new optimizer; gives running means of them."""
-        optimizer, means = torch.optim.Adam(network.parameters(), lr=lr, fused=True), {}
-        for i in progress_bar(losses.__name__, 0, iterations):
-            self.heed_stop()
-            factor = 0.5 * (1 + math.cos(math.pi * i / iterations)) if decay else 1.0
-            optimizer.param_groups[0]["lr"] = lr * factor
-            with autocast(self.cfg, self.agent.device):
-                values = losses(data)
+        rate, device = torch.tensor(lr, device=self.agent.device), self.agent.device
+        optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True, capturable=True)
+
+        def update() -> dict:
+            values = losses(data)
             optimizer.zero_grad(set_to_none=True)
             sum(values.values()).backward()
             optimizer.step()
-            rate = max(1 / (i + 1), 0.001)
-            means = {k: means.get(k, 0) * (1 - rate) + rate * x.detach() for k, x in values.items()}
+            return {k: x.detach() for k, x in values.items()}
+
+        update, means = accelerated(update, self.cfg, device), {}
+        for i in progress_bar(losses.__name__, 0, iterations):
+            self.heed_stop()
+            rate.fill_(lr * 0.5 * (1 + math.cos(math.pi * i / iterations)) if decay else lr)
+            share = max(1 / (i + 1), 0.001)
+            means = {k: means.get(k, 0) * (1 - share) + share * x for k, x in update().items()}
         return means
 
     def generate(self, n: int, energies: list):

@@ -152,7 +152,7 @@ def test_a_pass_of_algorithm_1(tmp_path, script, kind, reference):
 
 
 @pytest.mark.parametrize("script", [edis_iql, edis_cql], ids=["edis_iql", "edis_cql"])
-def test_trainings_of_the_model_and_its_energies(script):
+def test_generating_transitions(script):
     agent = agent_of(script, model_width=8, model_depth=2, energy_hidden=8, n_denoising_steps=3)
     buffers = [script.ReplayBuffer(S, A, 30, "cpu") for _ in range(2)]
     for buffer in buffers:
@@ -163,11 +163,6 @@ def test_trainings_of_the_model_and_its_energies(script):
     rows = table[:, :-1]
     edis.model.set_statistics(rows)
     energies = [(energy, 1.0) for energy in edis.energies.values()]
-    pairs = edis.contrasts(rows, edis.model.standardize(rows))
-    fits = [(edis.model, edis.model_losses, table), (edis.energies, edis.energy_losses, pairs)]
-    for fit in fits:
-        shapes = [captured(lambda x=(*fit, n): edis.fit(*x, lr=1e-3)) for n in (2, 4)]
-        assert len(shapes[1]) > len(shapes[0]) > 50
     shapes = [captured(lambda: edis.generate(20, energies)) for _ in range(2)]
     assert shapes[0] == shapes[1] and len(shapes[0]) > 50
 
@@ -207,15 +202,15 @@ def batch_of_seed(script):
 # --- Replay ---
 
 
-class Recorder(TorchDispatchMode):
-    """Notes every operator with its arguments and results."""
+class Recorder(Captured):
+    """Notes every operator with its arguments and results too."""
 
     def __init__(self, calls):
         super().__init__()
         self.calls = calls
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(function, types, args, kwargs)
         self.calls.append((function, args, kwargs or {}, result))
         return result
 
@@ -331,6 +326,25 @@ def test_replayed_training_of_the_behavior_model(graphs):
     assert graphs[0].replays == CALLS - 3
     weights = [list(model.parameters()) for model in models]
     torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("script", [edis_iql, edis_cql], ids=["edis_iql", "edis_cql"])
+def test_replayed_trainings_of_edis(monkeypatch, graphs, script):
+    results = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        agent = agent_of(script, model_width=8, model_depth=2, energy_hidden=8, n_unguided=9)
+        buffers = [buffer_of(script, n, 30) for n in (30, 20)]
+        if graph:
+            monkeypatch.setattr(script, "accelerated", lambda update, *_: script.CudaGraph(update))
+        edis = script.EDIS(agent.cfg, SimpleNamespace(stop=False), agent, *buffers)
+        table = torch.rand(40, edis.n_columns + 1)
+        losses = edis.fit(edis.model, edis.model_losses, table, CALLS, 1e-2, decay=True)
+        pairs = {k: (table[:20, :-1], table[20:, :-1]) for k in script.ENERGIES}
+        losses |= edis.fit(edis.energies, edis.energy_losses, pairs, CALLS, 1e-2)
+        results.append((losses, list(edis.model.parameters()), list(edis.energies.parameters())))
+    assert [x.replays for x in graphs] == [CALLS - 3] * 2
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_a_frozen_number_is_seen(graphs):
