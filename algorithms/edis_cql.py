@@ -725,9 +725,10 @@ class EDIS:
 
     The energies are log ratios of densities whose sum leads from the model's rows to the current
     policy's: `dynamics` is data / model, `state` is online data / data, and `action` is (s, a) of
-    the policy / (s, a), both at online states. Product and purposes are EDIS's; each ratio is of
-    distributions of whole rows that can be drawn from. As s'_t too tells of s, an energy of s_t
-    alone would guide the states too weakly at large t; `action`, blind to s'_t, has that fault.
+    the policy / (s, a) of the data, at online states. Purposes and product are EDIS's; each ratio
+    is of distributions that whole rows can be drawn from. The first two see whole rows, because
+    s'_t too tells of s: an energy of s_t alone guides the states too weakly at large t. `action`
+    has that fault, as what follows the policy's actions is unknown.
     """
 
     PARTS = ("model", "energies", "generated")
@@ -758,7 +759,7 @@ class EDIS:
         return self.generated if self.generated.size else self.buffers[0]
 
     def train(self, step: int) -> dict:
-        """Train the model on all data, then the energies; generate all rows anew."""
+        """Train the model on all data, offline and online, then the energies; generate anew."""
         cfg = self.cfg
         rows = torch.cat([x.rows[: x.size, : self.n_columns + 1] for x in self.buffers])
         rows, terminals = rows[:, :-1], rows[:, -1:]
@@ -837,7 +838,7 @@ class EDIS:
         return torch.cat(chunks)
 
     def heed_stop(self):
-        """At Ctrl-C end the run; this training is lost and will be done again."""
+        """At Ctrl-C end the run; what this training has done is lost."""
         if self.run.stop:
             sys.exit("interrupted in EDIS's training; the same command repeats it")
 
