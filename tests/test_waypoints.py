@@ -9,6 +9,7 @@ import pytest
 import d4rl_gymnasium as d4rl
 from d4rl_gymnasium import goal_ant, report, waypoints
 from d4rl_gymnasium import regenerate as module
+from d4rl_gymnasium.__main__ import main
 from d4rl_gymnasium.antmaze import CELL_SIZE, MAZES, cell_center, cells, draw_goal, nearest_cell
 from d4rl_gymnasium.behavior import BehaviorPolicy
 from d4rl_gymnasium.waypoints import Navigator, free_cells
@@ -291,6 +292,24 @@ def test_the_simulator_reproduces_the_file(files, env_id):
     for name in ("observations", "rewards", "terminals"):
         # The states are stored in float32; a contact that begins can magnify the rounding.
         assert found[name]["agree"] >= 0.98 * found[name]["compared"] > 0
+
+
+@pytest.mark.parametrize("env_id", [UMAZE, PLAY, DIVERSE])
+def test_describe_counts_the_episodes_and_draws_the_maze(files, capsys, tmp_path, env_id):
+    main(["describe", env_id, "--data", str(files[env_id]), "--png", str(tmp_path / "maze.png")])
+    printed = capsys.readouterr().out
+    episodes = -(-4000 // d4rl.task(env_id).max_episode_steps)
+    assert printed.startswith(f"{env_id}: 4,000 transitions in {episodes} episodes\n")
+    assert "success rate" in printed and "free cells visited" in printed
+    assert (tmp_path / "maze.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_describe_without_the_policy_ends_in_one_line(policies, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "POLICIES", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["describe", UMAZE, "--data", "regenerated"])
+    assert stop.value.code.startswith(f"error: {UMAZE} can't be regenerated")
+    assert "\n" not in stop.value.code
 
 
 class Teleporter:
