@@ -124,6 +124,14 @@ class Run:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"another process trains in {self.directory}") from None
+        try:
+            self._start()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _start(self):
+        settings = self.settings
         self.env = gymnasium.make(settings.env)
         self.step, self.seconds, self._clock = 0, 0.0, time.monotonic()
         self.rng = np.random.default_rng([settings.seed, 0])
