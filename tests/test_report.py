@@ -101,6 +101,7 @@ def test_visited_cells_and_success_of_a_maze(maze_file):
     # Five episodes, however many of the steps at the goal are terminal; the first one starts there.
     assert found["terminals"] > 1
     assert (found["episodes"], found["success_rate"]) == (5, 0.2)
+    assert found["return"]["100%"] > 1 and found["score"]["100%"] == 100
     assert report.episode_bounds(dataset, in_maze=True)[0].tolist() == [0, 12, 24, 36, 48]
 
 
