@@ -224,17 +224,10 @@ def episodes(env_id, dataset):
             steps = slice(start, end - 1)
         if steps.start == steps.stop:
             continue
-        truncations = timeouts[steps].copy()
-        truncations[-1] |= not terminals[steps][-1]
-        buffers.append(
-            EpisodeBuffer(
-                observations=observations,
-                actions=dataset["actions"][steps],
-                rewards=dataset["rewards"][steps],
-                terminations=terminals[steps],
-                truncations=truncations,
-            )
-        )
+        rows = {key: dataset[key][steps] for key in ("actions", "rewards")}
+        rows["terminations"], rows["truncations"] = terminals[steps], timeouts[steps].copy()
+        rows["truncations"][-1] |= not rows["terminations"][-1]
+        buffers.append(EpisodeBuffer(observations=observations, **rows))
     if following is not None:
         return buffers, ""
     return buffers, (

@@ -2,7 +2,8 @@
 
 The layouts are the `collection` maps of `assets/mazes.json`. Where the ant starts and what it has
 to reach differs by task: umaze starts at the start cell and all others anywhere, play and umaze
-have marked goals and diverse has goals anywhere.
+have marked goals and diverse has goals anywhere. An episode has the length of the task's limit, 700
+steps in umaze and 1,000 elsewhere, and goes on at the goal.
 """
 
 from collections import deque

@@ -31,6 +31,11 @@ def test_without_the_package_the_error_is_one_line(monkeypatch, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_a_data_set_of_minari_is_no_file():
+    with pytest.raises(ValueError, match="minari:some/name-v0 is no file"):
+        d4rl.dataset_path(HOPPER, "minari:some/name-v0")
+
+
 def test_a_task_gets_its_environment_and_scores_back():
     spec = gymnasium.spec("Hopper-v5")
     tasks.substitute(HOPPER, spec, (10.0, 110.0))
