@@ -81,7 +81,9 @@ class Navigator:
 
     A waypoint lies in the cell next to the one that the ant is in, at a place drawn like a goal's.
     Two such cells make a rectangle without walls, so the straight way is free. A new waypoint is
-    due when this one is reached, and when the ant has left the two cells.
+    due when this one is reached, and when the ant has left the two cells. D4RL draws its waypoint
+    anew at every step and counts an ant that has passed the centre of a cell as in it, which leads
+    around corners from two sides and into them from the others.
     """
 
     def __init__(self, maze_map, goal, goal_cell, rng):
