@@ -1,10 +1,10 @@
-"""Command line: python -m d4rl_gymnasium describe ENV --data ..., check FILE ENV."""
+"""Command line: python -m d4rl_gymnasium describe ENV, check FILE ENV, to-minari ENV."""
 
 import argparse
 import sys
 
-from d4rl_gymnasium import report
-from d4rl_gymnasium.data import DatasetError
+from d4rl_gymnasium import minari_io, report
+from d4rl_gymnasium.data import DatasetError, get_dataset, timeouts_of
 from d4rl_gymnasium.tasks import task
 
 AGREEING = 0.99  # of a comparison; below it the file is taken for one of other physics
@@ -29,14 +29,29 @@ def check(args):
                  "another version of the simulator")  # fmt: skip
 
 
+def to_minari(args):
+    """Write a data set for Minari to load."""
+    dataset = get_dataset(args.env, args.data, args.regenerated_size)
+    dataset["timeouts"] = timeouts_of(dataset, task(args.env).max_episode_steps)
+    dataset_id = args.id or minari_io.default_id(args.env, args.data)
+    path = minari_io.write(args.env, dataset, dataset_id, args.data)
+    print(f"{dataset_id}: {path}")
+
+
+def _add_data(parser):
+    parser.add_argument("env", metavar="ENV", help="task id")
+    parser.add_argument(
+        "--data", default="d4rl", help="d4rl, regenerated, minari:ID or an HDF5 file"
+    )
+    parser.add_argument("--regenerated_size", type=int, default=200_000, help="transitions to make")
+
+
 def main(args=None):
     """Run the command line; an error ends in one line."""
     parser = argparse.ArgumentParser(prog="python -m d4rl_gymnasium", description=__doc__)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("describe", help="what a data set holds, with a picture")
-    one.add_argument("env", metavar="ENV", help="task id")
-    one.add_argument("--data", default="d4rl", help="d4rl, regenerated or an HDF5 file")
-    one.add_argument("--regenerated_size", type=int, default=200_000, help="transitions to make")
+    _add_data(one)
     one.add_argument("--png", help="picture to write (default: ENV.png)")
     one.set_defaults(run=describe)
     other = commands.add_parser("check", help="does the simulator reproduce a D4RL file?")
@@ -45,6 +60,10 @@ def main(args=None):
     other.add_argument("--limit", type=int, default=20_000, help="transitions at most, at random")
     other.add_argument("--seed", type=int, default=0, help="of the draw")
     other.set_defaults(run=check)
+    third = commands.add_parser("to-minari", help="write a data set for Minari to load")
+    _add_data(third)
+    third.add_argument("--id", help="of the new data set (default: named after the task)")
+    third.set_defaults(run=to_minari)
     args = parser.parse_args(args)
     try:
         task(args.env)

@@ -28,11 +28,22 @@ def cells(maze_map, kind):
     ]
 
 
+def start_cell(maze_map):
+    """Returns the (row, column) of a map's one start cell."""
+    return next((row, line.index("r")) for row, line in enumerate(maze_map) if "r" in line)
+
+
 def cell_center(maze_map, cell):
     """Returns the (x, y) of a cell's centre in metres; the centre of the start cell is 0, 0."""
-    start_row, start_column = cells(maze_map, "r")[0]
+    start_row, start_column = start_cell(maze_map)
     row, column = cell
     return CELL_SIZE * np.array([column - start_column, row - start_row], dtype=np.float64)
+
+
+def nearest_cell(maze_map, xy):
+    """Returns the (row, column) of the cell that an (x, y) in metres lies in."""
+    start_row, start_column = start_cell(maze_map)
+    return start_row + round(xy[1] / CELL_SIZE), start_column + round(xy[0] / CELL_SIZE)
 
 
 def draw_goal(rng, maze_map, cell):
@@ -66,12 +77,11 @@ def _maze_spec(ant_xml, maze_map):
     return spec
 
 
-class AntMazeEnv(D4RLEnv):
-    """D4RL's AntMaze (observation 29, action 8): reward 1 and the end within 0.5 m of the goal.
+class AntEnv(D4RLEnv):
+    """D4RL's ant (observation 29, action 8) among the walls of a map, with a goal.
 
-    `maze` is "umaze", "medium" or "large". The observation is qpos, qvel of the ant; the goal,
-    drawn anew at each reset around the same cell, is not part of it. The info dictionary of
-    `reset` and `step` holds `goal`, an (x, y) array, and `success`.
+    The observation is qpos, qvel of the ant. The goal, an (x, y) in metres, is not part of it: it
+    is `goal` in the info dictionary of `reset` and `step`.
     """
 
     metadata = {"render_modes": RENDER_MODES, "render_fps": 10}
@@ -80,8 +90,8 @@ class AntMazeEnv(D4RLEnv):
     n_substeps = 5
     observation_size = 29
 
-    def __init__(self, maze, render_mode=None, **renderer_options):
-        self.maze_map = MAZES[maze]["task"]
+    def __init__(self, maze_map, render_mode=None, **renderer_options):
+        self.maze_map = maze_map
         self.goal = np.zeros(2)
         height, width = len(self.maze_map), len(self.maze_map[0])
         middle = cell_center(self.maze_map, ((height - 1) / 2, (width - 1) / 2))
@@ -100,15 +110,10 @@ class AntMazeEnv(D4RLEnv):
         set_original_masses(model, self.robot)
         return model, mujoco.MjData(model)
 
-    def step(self, action):
-        """One control step; returns (observation, reward, terminated, False, info)."""
-        self._simulate(action)
+    def _distance(self):
+        """Metres from the ant's torso to the goal."""
         x, y = self.data.qpos[:2].tolist()
-        success = math.hypot(x - self.goal[0], y - self.goal[1]) <= GOAL_RADIUS
-        if self.render_mode == "human":
-            self.render()
-        info = {"goal": self.goal.copy(), "success": success}
-        return self._observation(), float(success), success, False, info
+        return math.hypot(x - self.goal[0], y - self.goal[1])
 
     def _observation(self):
         return np.concatenate((self.data.qpos, self.data.qvel))
@@ -117,10 +122,13 @@ class AntMazeEnv(D4RLEnv):
         """Draws the ant's state, U(-0.1, 0.1) in qpos and 0.1 N(0, 1) in qvel, and the goal."""
         qpos = self.init_qpos + self.np_random.uniform(-0.1, 0.1, self.model.nq)
         qvel = self.init_qvel + 0.1 * self.np_random.standard_normal(self.model.nv)
-        goal_cell = cells(self.maze_map, "g")[0]
-        self.set_target(draw_goal(self.np_random, self.maze_map, goal_cell))
+        self.set_target(self._draw_goal())
         self.set_state(qpos, qvel)
         return self._observation()
+
+    def _draw_goal(self):
+        """Draws the (x, y) of an episode's goal."""
+        raise NotImplementedError
 
     def set_state(self, qpos, qvel):
         """Sets positions (15,) and velocities (14,); the orientation's quaternion is normalized.
@@ -130,8 +138,12 @@ class AntMazeEnv(D4RLEnv):
         super().set_state(qpos, qvel)
         mujoco.mj_normalizeQuat(self.model, self.data.qpos)
 
-    def _get_reset_info(self):
-        return {"goal": self.goal.copy(), "success": False}
+    def place(self, xy):
+        """Moves the ant as it is to (x, y), in metres; returns the observation."""
+        qpos = self.data.qpos.copy()
+        qpos[:2] = xy
+        self.set_state(qpos, self.data.qvel.copy())
+        return self._observation()
 
     def set_target(self, xy):
         """Puts the goal at `xy`, in metres, until the next reset draws another."""
@@ -148,3 +160,29 @@ class AntMazeEnv(D4RLEnv):
     def set_task_state(self, state):
         """Takes a dictionary that `task_state` made."""
         self.set_target(state["goal"])
+
+
+class AntMazeEnv(AntEnv):
+    """D4RL's AntMaze: reward 1 and the end within 0.5 m of the goal.
+
+    `maze` is "umaze", "medium" or "large". The goal is drawn anew at each reset around the same
+    cell. The info dictionary of `reset` and `step` also holds `success`.
+    """
+
+    def __init__(self, maze, render_mode=None, **renderer_options):
+        super().__init__(MAZES[maze]["task"], render_mode, **renderer_options)
+
+    def step(self, action):
+        """One control step; returns (observation, reward, terminated, False, info)."""
+        self._simulate(action)
+        success = self._distance() <= GOAL_RADIUS
+        if self.render_mode == "human":
+            self.render()
+        info = {"goal": self.goal.copy(), "success": success}
+        return self._observation(), float(success), success, False, info
+
+    def _draw_goal(self):
+        return draw_goal(self.np_random, self.maze_map, cells(self.maze_map, "g")[0])
+
+    def _get_reset_info(self):
+        return {"goal": self.goal.copy(), "success": False}

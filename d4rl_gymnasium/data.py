@@ -6,9 +6,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from d4rl_gymnasium import minari_io
 from d4rl_gymnasium.download import DatasetError, DownloadError, download, one_line
 from d4rl_gymnasium.regenerate import regenerate, regenerated_path, regenerated_tasks
-from d4rl_gymnasium.tasks import task
+from d4rl_gymnasium.tasks import restore, task
 
 # Length of an observation and of an action of each robot in D4RL's v2 tasks.
 ROBOT_SHAPES = {"hopper": (11, 3), "walker2d": (17, 6), "halfcheetah": (17, 6), "ant": (29, 8)}
@@ -26,7 +27,9 @@ def get_dataset(env_or_id, data="d4rl", regenerated_size=200_000):
         env_or_id: a task id, or an environment made from one, wrapped or not.
         data: `"d4rl"` (D4RL's file from its cache `$D4RL_DATASET_DIR`, default
             `~/.d4rl/datasets`, else downloaded into it), `"regenerated"` (made on this machine by
-            D4RL's recipe, then cached), or the path of an HDF5 file in D4RL's format.
+            D4RL's recipe, then cached), `"minari:ID"` (a data set of Minari: from then on the task
+            has the data set's environment and reference scores, see `minari_io`, until other data
+            of it is asked for), or the path of an HDF5 file in D4RL's format.
         regenerated_size: number of transitions of regenerated data.
 
     Returns:
@@ -73,10 +76,8 @@ def qlearning_dataset(
     terminals = dataset["terminals"].astype(bool)
     if terminate_on_end:
         kept = np.ones(len(terminals), bool)
-    elif "timeouts" in dataset:
-        kept = ~dataset["timeouts"].astype(bool)
     else:
-        kept = ~_limit_steps(terminals, _episode_limit(env_or_id))
+        kept = ~timeouts_of(dataset, _episode_limit(env_or_id))
     kept[-1] = False  # the last row has no next one
     if not kept.any():
         raise DatasetError("the data holds no transition with a next observation: use another file")
@@ -96,11 +97,20 @@ def dataset_path(env_id, data="d4rl", regenerated_size=200_000):
         return regenerated_path(env_id, regenerated_size, _cache_dir() / "regenerated")
     if data == "d4rl":
         return _cache_dir() / task(env_id).dataset_url.rsplit("/", 1)[1]
+    if _is_minari(data):
+        raise ValueError(f"{data} is no file: Minari keeps it")
     return Path(data).expanduser()
+
+
+def _is_minari(data):
+    return str(data).startswith(minari_io.PREFIX)
 
 
 def _load(env_or_id, data, regenerated_size, keys):
     known = _task_of(env_or_id)
+    restore(known.env_id)
+    if _is_minari(data):
+        return _load_minari(known, data)
     path = dataset_path(known.env_id, data, regenerated_size)
     if data == "regenerated":
         regenerate(known.env_id, regenerated_size, path)
@@ -108,7 +118,8 @@ def _load(env_or_id, data, regenerated_size, keys):
         _fetch(known, path)
     elif not path.is_file():
         raise DatasetError(
-            f"{path} is not a file: --data is d4rl, regenerated or the path of an HDF5 file"
+            f"{path} is not a file: --data is d4rl, regenerated or the path of an HDF5 file, "
+            "or minari:ID"
         )
     arrays, is_regenerated = _read(path, keys)
     if data == "d4rl" and is_regenerated:
@@ -117,6 +128,13 @@ def _load(env_or_id, data, regenerated_size, keys):
             "--data regenerated"
         )
     return _checked(arrays, known, path)
+
+
+def _load_minari(known, data):
+    source = minari_io.load(str(data).removeprefix(minari_io.PREFIX))
+    arrays = _checked(minari_io.arrays_of(source), known, data)
+    minari_io.adopt(known.env_id, source)
+    return arrays
 
 
 def _fetch(known, path):
@@ -196,6 +214,13 @@ def _check_values(arrays, source):
             raise DatasetError(
                 f"{source}: {key} hold values other than 0 and 1: use an intact file"
             )
+
+
+def timeouts_of(dataset, limit):
+    """The timeouts of arrays of `get_dataset`, (N,) bool; a limit in steps stands in for them."""
+    if "timeouts" in dataset:
+        return dataset["timeouts"].astype(bool)
+    return _limit_steps(dataset["terminals"].astype(bool), limit)
 
 
 def _limit_steps(terminals, limit):

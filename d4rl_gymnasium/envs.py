@@ -142,7 +142,7 @@ def _wrapper_states(env):
 
 
 def get_env_state(env):
-    """Returns the complete state of an environment of this package as plain Python values.
+    """Returns the complete state of a MuJoCo environment as plain Python values.
 
     `env` may be wrapped as `gymnasium.make` does, and by wrappers that only transform
     observations, actions or rewards; any other wrapper is a ValueError. The dictionary holds
@@ -154,7 +154,8 @@ def get_env_state(env):
     return {
         "env_id": env.spec.id,
         "physics": physics.tolist(),
-        "task": base.task_state(),
+        # Gymnasium's own MuJoCo environments remember nothing else.
+        "task": base.task_state() if isinstance(base, D4RLEnv) else {},
         "np_random": base.np_random.bit_generator.state,
         "action_space_np_random": base.action_space.np_random.bit_generator.state,
         "wrappers": [getattr(wrapper, name) for wrapper, name in _wrapper_states(env)],
@@ -181,7 +182,8 @@ def set_env_state(env, state):
     # Rendering needs the body positions; the second call undoes what mj_forward does to the state.
     mujoco.mj_forward(base.model, base.data)
     mujoco.mj_setState(base.model, base.data, physics, _INTEGRATION_STATE)
-    base.set_task_state(state["task"])
+    if isinstance(base, D4RLEnv):
+        base.set_task_state(state["task"])
     base.np_random.bit_generator.state = state["np_random"]
     base.action_space.np_random.bit_generator.state = state["action_space_np_random"]
     for (wrapper, name), value in zip(wrappers, state["wrappers"], strict=True):

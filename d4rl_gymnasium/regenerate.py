@@ -1,9 +1,11 @@
-"""Data made on this machine by D4RL's locomotion recipe, with policies that ship with the package.
+"""Data made on this machine by D4RL's recipe, with policies that ship with the package.
 
-D4RL drew its data from soft actor-critic runs: random = uniform actions, medium = a policy of about
-a third of the expert's score, expert = a finished one, medium-expert = half of each, medium-replay
-= what the training had seen up to medium. The policies here are of the same kind but not the same,
-and snapshots along the training stand in for the replay buffer: it is *like* D4RL's data, not it.
+D4RL drew its locomotion data from soft actor-critic runs: random = uniform actions, medium = a
+policy of about a third of the expert's score, expert = a finished one, medium-expert = half of
+each, medium-replay = what the training had seen up to medium, full-replay = all that it had seen.
+Its AntMaze data come from a goal-reaching ant that is led through the maze (see `waypoints.py`).
+The policies here are of the same kind but not the same, and snapshots along the training stand in
+for the replay buffer: it is *like* D4RL's data, not it.
 """
 
 import hashlib
@@ -25,6 +27,7 @@ from tqdm import tqdm
 from d4rl_gymnasium.behavior import BehaviorPolicy
 from d4rl_gymnasium.download import DatasetError, exclusive, writing
 from d4rl_gymnasium.tasks import TASKS, task
+from d4rl_gymnasium.waypoints import GuidedAnt
 
 POLICIES = Path(__file__).parent / "policies"
 # To be raised with any change here, in the environments or in behavior.py that changes the data.
@@ -55,8 +58,12 @@ def regenerate(env_id, size, path, seed=0, processes=None):
     """Make `size` transitions of a task at `path`, in D4RL's format, unless the file is there.
 
     Episodes end by a terminal or by a time-out at the task's limit; the last episode of each
-    policy's share is cut to fit and marked as timed out. The file's attributes mark it as
-    regenerated and say how. A seed gives the same arrays with any number of processes.
+    policy's share is cut to fit and marked as timed out. On AntMaze the ant goes on where it has
+    reached the goal, as in D4RL's files: every step at the goal is rewarded and terminal, and only
+    the time-out ends the episode. There infos/goal is where the ant was led, and
+    infos/rewarded_goal, which D4RL's files lack, the place that the rewards are for. The file's
+    attributes mark it as regenerated and say how. A seed gives the same arrays with any number of
+    processes.
 
     Args:
         env_id: task id, one of `regenerated_tasks()`.
@@ -98,15 +105,16 @@ def regenerate(env_id, size, path, seed=0, processes=None):
 def _policies(env_id):
     """The policy file of each equal share of a task's data, in order; None means uniform actions.
 
-    Empty where files are missing, as for AntMaze and full-replay, which have no recipe here yet.
+    Empty where files are missing.
     """
-    if TASKS[env_id].family != "locomotion":
-        return []
+    if TASKS[env_id].family == "antmaze":
+        policy = POLICIES / "ant-goal.npz"
+        return [policy] if policy.exists() else []
     robot, variant = env_id.removesuffix("-v2").split("-", 1)
     if variant == "random":
         return [None]
-    if variant == "medium-replay":
-        found = POLICIES.glob(f"{robot}-replay-*.npz")
+    if variant in ("medium-replay", "full-replay"):
+        found = POLICIES.glob(f"{robot}-{variant.removeprefix('medium-')}-*.npz")
         return sorted(found, key=lambda policy: int(policy.stem.rsplit("-", 1)[1]))
     names = {
         "medium": ("medium",),
@@ -228,38 +236,59 @@ def _collect(env_id, seed, policy, rows, spawn_key):
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=spawn_key))
     env = gymnasium.make(env_id).unwrapped
     env.reset(seed=int(rng.integers(2**31)))  # seeds the resets below
-    act = _actor(policy, rng, env.action_space.shape)
+    actor = _actor(env, env_id, policy, rng)
     limit = task(env_id).max_episode_steps
-    arrays = _empty(env, rows + limit)
+    arrays = _empty(env, rows + limit, actor.info_widths)
     row = 0
     while row < rows:
-        observation, _ = env.reset()
+        first, observation = row, actor.reset()
         for _ in range(limit):
             arrays["observations"][row] = observation
             arrays["infos/qpos"][row] = env.data.qpos
             arrays["infos/qvel"][row] = env.data.qvel
-            action = act(observation)
+            action = actor.act(observation)
             observation, reward, terminated, _, _ = env.step(action)
             arrays["actions"][row] = action
             arrays["rewards"][row] = reward
             arrays["next_observations"][row] = observation
             arrays["terminals"][row] = terminated
             row += 1
-            if terminated:
+            if terminated and actor.ends_at_terminals:
                 break
-        arrays["timeouts"][row - 1] = not terminated
+        arrays["timeouts"][row - 1] = not (terminated and actor.ends_at_terminals)
+        for key, value in actor.infos.items():
+            arrays[key][first:row] = value
     env.close()
     return {key: array[:row] for key, array in arrays.items()}
 
 
-def _actor(policy, rng, action_shape):
-    if policy is None:
-        return lambda observation: rng.uniform(-1.0, 1.0, action_shape).astype(np.float32)
-    loaded = BehaviorPolicy.load(policy)
-    return lambda observation: loaded.act(observation, rng)
+class _Runner:
+    """An actor of the locomotion tasks: a policy with its noise, or uniform actions (None)."""
+
+    ends_at_terminals = True
+    info_widths, infos = {}, {}
+
+    def __init__(self, env, policy, rng):
+        self.env, self.policy, self.rng = env, policy, rng
+
+    def reset(self):
+        return self.env.reset()[0]
+
+    def act(self, observation):
+        if self.policy is None:
+            shape = self.env.action_space.shape
+            return self.rng.uniform(-1.0, 1.0, shape).astype(np.float32)
+        return self.policy.act(observation, self.rng)
 
 
-def _empty(env, rows):
+def _actor(env, env_id, policy, rng):
+    loaded = policy and BehaviorPolicy.load(policy)
+    if task(env_id).family == "antmaze":
+        return GuidedAnt(env, env_id, loaded, rng)
+    return _Runner(env, loaded, rng)
+
+
+def _empty(env, rows, info_widths):
     """Arrays under D4RL's keys and in its types; log-probabilities and metadata are left out."""
     observation, action = env.observation_space.shape, env.action_space.shape
     widths = {
@@ -269,6 +298,7 @@ def _empty(env, rows):
         "rewards": (),
         "infos/qpos": env.data.qpos.shape,
         "infos/qvel": env.data.qvel.shape,
+        **info_widths,
     }
     arrays = {key: np.zeros((rows, *width), np.float32) for key, width in widths.items()}
     return arrays | {key: np.zeros(rows, bool) for key in ("terminals", "timeouts")}
@@ -285,7 +315,8 @@ def _joined(chunks, folder):
         rows = sum(chunk_rows for chunk_rows, _ in share)
         keys = share[0][1]
         part = {key: np.concatenate([arrays[key] for _, arrays in share])[:rows] for key in keys}
-        part["timeouts"][-1] = not part["terminals"][-1]
+        # Where terminals end no episode, the cut does even at one.
+        part["timeouts"][-1] = "infos/goal" in part or not part["terminals"][-1]
         parts.append(part)
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 

@@ -12,11 +12,20 @@ QUANTILES = (0, 10, 50, 90, 100)
 SATURATED = 0.99
 # States are stored in float32; a contact amplifies its rounding of 6e-8.
 TOLERANCE = 1e-3
+# An ant moves less than this in a step, in metres.
+ANT_STEP = 1.0
 
 
-def episode_bounds(dataset):
-    """First row of each episode (n,) and the row behind its last one (n,)."""
+def episode_bounds(dataset, in_maze=False):
+    """First row of each episode (n,) and the row behind its last one (n,).
+
+    In a maze, an ant that has reached the goal goes on there: D4RL's files mark every step at the
+    goal as terminal. There a terminal ends an episode only where the ant is elsewhere afterwards.
+    """
     ended = dataset["terminals"].astype(bool)
+    if in_maze:
+        jumps = np.abs(np.diff(dataset["observations"][:, :2], axis=0)).max(1) > ANT_STEP
+        ended = ended & np.append(jumps, True)
     if "timeouts" in dataset:
         ended = ended | dataset["timeouts"].astype(bool)
     ends = np.flatnonzero(ended) + 1
@@ -42,8 +51,11 @@ def describe(env_id, data="d4rl", regenerated_size=200_000):
         ValueError, DatasetError: as in `get_dataset`.
     """
     dataset = get_dataset(env_id, data, regenerated_size)
-    starts, ends = episode_bounds(dataset)
+    in_maze = task(env_id).family == "antmaze"
+    starts, ends = episode_bounds(dataset, in_maze)
     returns = np.add.reduceat(dataset["rewards"].astype(np.float64), starts)
+    # The task would have ended an AntMaze episode at the first of its rewards.
+    task_returns = np.minimum(returns, 1) if in_maze else returns
     found = {
         "transitions": len(dataset["rewards"]),
         "episodes": len(starts),
@@ -51,10 +63,10 @@ def describe(env_id, data="d4rl", regenerated_size=200_000):
         "timeouts": int(dataset["timeouts"].sum()) if "timeouts" in dataset else "no such key",
         "length": _summary(ends - starts),
         "return": _summary(returns),
-        "score": _summary(100 * get_normalized_score(env_id, returns)),
+        "score": _summary(100 * get_normalized_score(env_id, task_returns)),
         "action_saturation": float((np.abs(dataset["actions"]) > SATURATED).mean()),
     }
-    if task(env_id).family == "antmaze":
+    if in_maze:
         visited, free = visited_cells(env_id, dataset)
         found["success_rate"] = float((returns > 0).mean())
         found["visited_cells"] = f"{len(visited)} of {len(free)}"
@@ -100,8 +112,9 @@ def picture(env_id, dataset, path):
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
-    starts, _ = episode_bounds(dataset)
-    if task(env_id).family == "antmaze":
+    in_maze = task(env_id).family == "antmaze"
+    starts, _ = episode_bounds(dataset, in_maze)
+    if in_maze:
         _draw_maze(ax, env_id, dataset, starts)
     else:
         returns = np.add.reduceat(dataset["rewards"].astype(np.float64), starts)
@@ -145,7 +158,9 @@ def check(env_id, path, limit=20_000, seed=0):
     A transition starts from infos/qpos and infos/qvel of its row; where the file has none, from
     its observation, which lacks only x (rows with a velocity at the observation's bound are left
     out). Compared are the observation of the next row, within an episode, the reward and the
-    terminal; on AntMaze the last two need infos/goal.
+    terminal. On AntMaze the last two need infos/rewarded_goal, which regenerated files have. D4RL's
+    infos/goal is where the ant was led, and its rewards are for another place, drawn once for a
+    file and not recorded.
 
     Args:
         env_id: task id.
@@ -168,15 +183,15 @@ def check(env_id, path, limit=20_000, seed=0):
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(usable))[:limit]
     if not len(rows):
         raise DatasetError(f"{path} has no transition that can be replayed")
-    _, ends = episode_bounds(dataset)
+    maze = task(env_id).family == "antmaze"
+    _, ends = episode_bounds(dataset, maze)
     last = np.zeros(len(usable), bool)
     last[ends - 1] = True
-    maze = task(env_id).family == "antmaze"
-    judged = not maze or "infos/goal" in dataset
+    judged = not maze or "infos/rewarded_goal" in dataset
     errors = {"observations": [], "rewards": [], "terminals": []}
     for row in rows:
         if maze and judged:
-            env.set_target(dataset["infos/goal"][row])
+            env.set_target(dataset["infos/rewarded_goal"][row])
         env.set_state(qpos[row], qvel[row])
         observation, reward, terminated, _, _ = env.step(dataset["actions"][row])
         if not last[row]:
@@ -224,7 +239,7 @@ def check_text(env_id, path, found):
     for name in ("observations", "rewards", "terminals"):
         result = found[name]
         if not result["compared"]:
-            lines.append(f"{name}: not compared, the file has no infos/goal")
+            lines.append(f"{name}: not compared, the file has no infos/rewarded_goal")
             continue
         share = 100 * result["agree"] / result["compared"]
         errors = ", ".join(f"{k} {result[k]:.1e}" for k in ("median", "99%", "largest"))

@@ -1,5 +1,6 @@
 """The 24 task ids: their data, reference scores and episode limits, and their registration."""
 
+import dataclasses
 import difflib
 import json
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ def _load_tasks():
 
 
 TASKS = _load_tasks()
+_D4RL_TASKS = dict(TASKS)
+_substituted = set()
 
 
 def task(env_id):
@@ -65,12 +68,47 @@ def get_normalized_score(env_id, returns):
 def register_tasks():
     """Registers every task with Gymnasium, unless that is done already."""
     for known in TASKS.values():
-        if known.env_id in gymnasium.registry:
-            continue
-        name, *maze = known.env_id.removesuffix("-v2").split("-")
-        gymnasium.register(
-            id=known.env_id,
-            entry_point=_ENTRY_POINTS[name],
-            max_episode_steps=known.max_episode_steps,
-            kwargs={"maze": maze[0]} if name == "antmaze" else {},
-        )
+        if known.env_id not in gymnasium.registry:
+            _register(known)
+
+
+def _register(known):
+    name, *maze = known.env_id.removesuffix("-v2").split("-")
+    gymnasium.register(
+        id=known.env_id,
+        entry_point=_ENTRY_POINTS[name],
+        max_episode_steps=known.max_episode_steps,
+        kwargs={"maze": maze[0]} if name == "antmaze" else {},
+    )
+
+
+def substitute(env_id, spec=None, ref_scores=None):
+    """Makes a task id stand for another environment and other scores in this process.
+
+    So a script that names its task by id alone can be run on data that come with an environment of
+    their own. `restore` undoes it.
+
+    Args:
+        env_id: the task.
+        spec: the `gymnasium.envs.registration.EnvSpec` that `gymnasium.make(env_id)` is to make,
+            with its episode limit; None keeps D4RL's environment.
+        ref_scores: the returns that score 0 and 1; None keeps D4RL's.
+    """
+    restore(env_id)
+    if spec is not None:
+        gymnasium.registry[env_id] = dataclasses.replace(spec, id=env_id)
+        limit = spec.max_episode_steps or TASKS[env_id].max_episode_steps
+        TASKS[env_id] = dataclasses.replace(TASKS[env_id], max_episode_steps=limit)
+    if ref_scores is not None:
+        low, high = ref_scores
+        TASKS[env_id] = dataclasses.replace(TASKS[env_id], ref_min_score=low, ref_max_score=high)
+    _substituted.add(env_id)
+
+
+def restore(env_id):
+    """Gives a task id its own environment and scores back, where `substitute` took them."""
+    if env_id in _substituted:
+        _substituted.remove(env_id)
+        TASKS[env_id] = _D4RL_TASKS[env_id]
+        del gymnasium.registry[env_id]
+        _register(TASKS[env_id])

@@ -5,20 +5,27 @@
     python -m d4rl_gymnasium.train_policies select --env hopper-medium-v2 --directory runs/sac
 
 `train` runs soft actor-critic (sbx) in D4RL's physics and keeps a snapshot of the actor and its
-returns every 10,000 steps; `select` picks from them the policies that D4RL's recipe asks for.
+returns every 10,000 steps; given again, it goes on where it was stopped. `select` picks from the
+snapshots the policies that D4RL's recipe asks for. The policy that collects AntMaze data is made
+in the same way with --env goal-reaching-ant-v0.
 """
 
 import argparse
 import csv
+import os
 import shutil
-import time
+import sys
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 
+from d4rl_gymnasium import goal_ant
+from d4rl_gymnasium.antmaze import GOAL_RADIUS
 from d4rl_gymnasium.behavior import BehaviorPolicy
-from d4rl_gymnasium.tasks import get_normalized_score
+from d4rl_gymnasium.sac import Run
+from d4rl_gymnasium.tasks import TASKS, get_normalized_score, task
+from d4rl_gymnasium.waypoints import GuidedAnt
 
 POLICIES = Path(__file__).parent / "policies"
 EVALUATION_SEED = 10_000
@@ -26,6 +33,13 @@ COLUMNS = [
     "step", "deterministic_mean", "deterministic_std", "stochastic_mean", "stochastic_std",
     "deterministic_normalized", "stochastic_normalized", "hours",
 ]  # fmt: skip
+# Of a policy file, in bytes: it ships with the package.
+LARGEST_FILE = 200_000
+# A third of the expert's score, as D4RL's, lies well within these normalized scores.
+MEDIUM_SCORES = (25.0, 60.0)
+EXPERT_SCORE = 90.0
+# Where a goal-reaching ant is judged: the longest ways.
+JUDGED_IN = "antmaze-large-diverse-v2"
 
 
 def episode_returns(policy, env, episodes, seed, stochastic):
@@ -43,87 +57,105 @@ def episode_returns(policy, env, episodes, seed, stochastic):
     return returns
 
 
-def actor_of(model):
-    """Copies the weights of an sbx SAC actor with two hidden layers into a `BehaviorPolicy`."""
-    layers = model.policy.actor_state.params["params"]
-    weights = {}
-    for layer, suffix in enumerate(("0", "1", "_mean", "_log_std")):
-        weights[f"w{suffix}"] = np.asarray(layers[f"Dense_{layer}"]["kernel"])
-        weights[f"b{suffix}"] = np.asarray(layers[f"Dense_{layer}"]["bias"])
-    return BehaviorPolicy(weights, env_steps=model.num_timesteps)
+def score(env_id, returns):
+    """D4RL's normalized score, 0 to 100, of episode returns; NaN for the goal-reaching ant."""
+    return 100 * get_normalized_score(env_id, np.mean(returns)) if env_id in TASKS else np.nan
 
 
-def snapshot(model, env, directory, started):
+def snapshot(run, env, episodes):
     """Evaluates the current actor, saves it, and appends a row to the log of returns."""
-    policy = actor_of(model)
-    plain = episode_returns(policy, env, 10, EVALUATION_SEED, stochastic=False)
-    noisy = episode_returns(policy, env, 10, EVALUATION_SEED, stochastic=True)
-    env_id = env.spec.id
-    scores = [100 * get_normalized_score(env_id, returns.mean()) for returns in (plain, noisy)]
+    policy, env_id = run.policy, env.spec.id
+    plain = episode_returns(policy, env, episodes, EVALUATION_SEED, stochastic=False)
+    noisy = episode_returns(policy, env, episodes, EVALUATION_SEED, stochastic=True)
+    policy.env_steps, policy.normalized_score = run.step, score(env_id, noisy)
     policy.return_mean, policy.return_std = noisy.mean(), noisy.std()
-    policy.normalized_score = scores[1]
-    policy.save(directory / f"snapshot-{model.num_timesteps:07d}.npz")
-    hours = (time.monotonic() - started) / 3600
-    numbers = [plain.mean(), plain.std(), noisy.mean(), noisy.std(), *scores]
-    row = [model.num_timesteps, *(f"{number:.1f}" for number in numbers), f"{hours:.3f}"]
-    with open(directory / "returns.csv", "a", newline="") as file:
-        csv.writer(file).writerow(row)
+    policy.save(run.directory / f"snapshot-{run.step:07d}.npz")
+    numbers = [plain.mean(), plain.std(), noisy.mean(), noisy.std()]
+    numbers += [score(env_id, plain), score(env_id, noisy)]
+    row = [run.step, *(f"{number:.1f}" for number in numbers), f"{run.hours():.3f}"]
+    # Rows from behind the last checkpoint give way to those of the continued run.
+    rows = [old for old in read_log(run.directory) if int(old["step"]) < run.step]
+    write_log(run.directory, [*(old.values() for old in rows), row])
     print(*(f"{name}={value}" for name, value in zip(COLUMNS, row, strict=True)), flush=True)
 
 
-def train(args):
-    """Trains SAC for `args.steps` steps and leaves snapshots and a log in `args.directory`."""
-    from sbx import SAC
+def read_log(directory):
+    """The rows of a run's log of returns, as dictionaries of strings; empty where there is none."""
+    path = directory / "returns.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
-    directory = Path(args.directory)
-    directory.mkdir(parents=True)
-    with open(directory / "returns.csv", "w", newline="") as file:
-        csv.writer(file).writerow(COLUMNS)
-    model = SAC(
-        "MlpPolicy",
-        gymnasium.make(args.env),
-        learning_rate=args.actor_lr,
-        qf_learning_rate=args.critic_lr,
-        batch_size=args.batch_size,
-        learning_starts=5_000,
-        # Eight steps, then eight updates: one compiled call instead of eight.
-        train_freq=8,
-        gradient_steps=8,
-        policy_delay=args.policy_delay,
-        policy_kwargs={"net_arch": {"pi": [128, 128], "qf": [256, 256]}, "layer_norm": True},
-        seed=args.seed,
-    )
+
+def write_log(directory, rows):
+    """Writes a run's log of returns, whole or not at all."""
+    partial = directory / "returns.partial"
+    with open(partial, "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+    os.replace(partial, directory / "returns.csv")
+
+
+def train(args):
+    """Trains SAC up to `args.steps` steps and leaves snapshots and a log in `args.directory`."""
+    run = Run(args.directory, args)
     env = gymnasium.make(args.env)
-    started = time.monotonic()
-    snapshot(model, env, directory, started)
-    while model.num_timesteps < args.steps:
-        model.learn(10_000, reset_num_timesteps=False)
-        snapshot(model, env, directory, started)
-        model.save(directory / "checkpoint")
+    try:
+        if run.step == 0:
+            snapshot(run, env, args.eval_episodes)
+        while run.step < args.steps:
+            run.advance(min(args.eval_freq - run.step % args.eval_freq, args.steps - run.step))
+            snapshot(run, env, args.eval_episodes)
+            run.save()
+    finally:
+        run.close()
+
+
+def load_snapshot(directory, row):
+    """The policy of a row of the log."""
+    return BehaviorPolicy.load(directory / f"snapshot-{int(row['step']):07d}.npz")
 
 
 def remeasure(env, directory, row):
     """Loads a snapshot of the log and measures it afresh, without the luck of its selection."""
-    policy = BehaviorPolicy.load(directory / f"snapshot-{int(row['step']):07d}.npz")
+    policy = load_snapshot(directory, row)
     noisy = episode_returns(policy, env, 50, 2 * EVALUATION_SEED, stochastic=True)
     policy.return_mean, policy.return_std = noisy.mean(), noisy.std()
-    policy.normalized_score = 100 * get_normalized_score(env.spec.id, noisy.mean())
+    policy.normalized_score = score(env.spec.id, noisy)
     plain = episode_returns(policy, env, 20, 2 * EVALUATION_SEED, stochastic=False)
-    score = 100 * get_normalized_score(env.spec.id, plain.mean())
-    print(f"step {policy.env_steps}: with noise {policy.normalized_score:.1f}, without {score:.1f}")
+    print(
+        f"step {policy.env_steps}: with noise {policy.normalized_score:.1f}, "
+        f"without {score(env.spec.id, plain):.1f}",
+        flush=True,
+    )
     return policy
 
 
+def store(policy, name):
+    """Writes a policy of the package; one that is too large to ship is a ValueError."""
+    path = POLICIES / f"{name}.npz"
+    policy.save(path)
+    if path.stat().st_size > LARGEST_FILE:
+        path.unlink()
+        raise ValueError(f"{name} takes more than {LARGEST_FILE:,} bytes: train a narrower actor")
+
+
+def store_ladder(env, directory, rows, name):
+    """Writes eight snapshots, spread evenly over the rows of a log, as NAME-0 to NAME-7."""
+    for number, index in enumerate(np.linspace(0, len(rows) - 1, 8).round().astype(int)):
+        store(remeasure(env, directory, rows[index]), f"{name}-{number}")
+
+
 def select(args):
-    """Writes expert, medium and replay policies and the log of returns into `POLICIES`.
+    """Writes the policies of a robot and the log of returns into `POLICIES`.
 
     The data is gathered with the policy's noise, so it is the noisy policy that is judged: expert
     is the best snapshot, medium the one before it whose score is nearest a third of the expert's
-    (as D4RL's), replay-0 to replay-7 are spread evenly from the random start to medium.
+    (as D4RL's), replay-0 to replay-7 are spread evenly from the random start to medium and
+    full-replay-0 to full-replay-7 from there to the end of the training.
     """
     env, directory = gymnasium.make(args.env), Path(args.directory)
-    with open(directory / "returns.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows, robot = read_log(directory), args.env.split("-")[0]
     best = sorted(rows, key=lambda row: -float(row["stochastic_mean"]))[:3]
     expert = max((remeasure(env, directory, row) for row in best), key=lambda p: p.return_mean)
     goal = expert.normalized_score / 3
@@ -133,20 +165,63 @@ def select(args):
         (remeasure(env, directory, row) for row in nearest),
         key=lambda policy: abs(policy.normalized_score - goal),
     )
+    if expert.normalized_score < EXPERT_SCORE:
+        print(f"the expert's score is below {EXPERT_SCORE:g}: train longer, or say so")
+    if not MEDIUM_SCORES[0] <= medium.normalized_score <= MEDIUM_SCORES[1]:
+        print(f"the score of medium is outside {MEDIUM_SCORES}: train longer, or say so")
+    store(expert, f"{robot}-expert")
+    store(medium, f"{robot}-medium")
     until = [row for row in rows if int(row["step"]) <= medium.env_steps]
-    robot = args.env.split("-")[0]
-    expert.save(POLICIES / f"{robot}-expert.npz")
-    medium.save(POLICIES / f"{robot}-medium.npz")
-    for number, index in enumerate(np.linspace(0, len(until) - 1, 8).round().astype(int)):
-        remeasure(env, directory, until[index]).save(POLICIES / f"{robot}-replay-{number}.npz")
+    store_ladder(env, directory, until, f"{robot}-replay")
+    store_ladder(env, directory, rows, f"{robot}-full-replay")
     shutil.copyfile(directory / "returns.csv", POLICIES / f"{robot}-returns.csv")
 
 
-def main():
-    """Runs the command line."""
+def maze_success(policy, episodes, seed=EVALUATION_SEED):
+    """Share of episodes in which an ant, led as in the data, comes within 0.5 m of its goal."""
+    env = gymnasium.make(JUDGED_IN).unwrapped
+    env.reset(seed=seed)
+    ant = GuidedAnt(env, JUDGED_IN, policy, np.random.default_rng(seed))
+    successes = 0
+    for _ in range(episodes):
+        observation = ant.reset()
+        for _ in range(task(JUDGED_IN).max_episode_steps):
+            observation = env.step(ant.act(observation))[0]
+            if np.hypot(*(observation[:2] - ant.infos["infos/goal"])) <= GOAL_RADIUS:
+                successes += 1
+                break
+    return successes / episodes
+
+
+def select_ant(args):
+    """Writes the ant that collects AntMaze data, ant-goal, and its log into `POLICIES`.
+
+    The fastest ant need not be the best one among walls. So of eight snapshots, spread evenly over
+    those with more than half of the highest return, it is the one that reaches the most goals in
+    the large maze, led as it is when it collects; `normalized_score` is that share, 0 to 100.
+    """
+    directory = Path(args.directory)
+    rows = read_log(directory)
+    half = max(float(row["stochastic_mean"]) for row in rows) / 2
+    able = [row for row in rows if float(row["stochastic_mean"]) > half]
+    chosen = np.unique(np.linspace(0, len(able) - 1, 8).round().astype(int))
+    candidates = [load_snapshot(directory, able[index]) for index in chosen]
+    for policy in candidates:
+        policy.normalized_score = 100 * maze_success(policy, 20)
+        print(f"step {policy.env_steps}: {policy.normalized_score:.0f}% of goals", flush=True)
+    ant = max(candidates, key=lambda policy: policy.normalized_score)
+    ant.normalized_score = 100 * maze_success(ant, 50, seed=2 * EVALUATION_SEED)
+    print(f"ant-goal, step {ant.env_steps}: {ant.normalized_score:.0f}% of other goals")
+    store(ant, "ant-goal")
+    shutil.copyfile(directory / "returns.csv", POLICIES / "ant-returns.csv")
+
+
+def parse(args=None):
+    """The settings of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=["train", "select"])
-    parser.add_argument("--env", default="hopper-medium-v2", help="task id to train in")
+    parser.add_argument("--env", default="hopper-medium-v2", help="task id to train in, or "
+                        f"{goal_ant.ENV_ID}")  # fmt: skip
     parser.add_argument("--directory", required=True, help="folder for snapshots and the log")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1_000_000, help="environment steps")
@@ -154,8 +229,25 @@ def main():
     parser.add_argument("--actor_lr", type=float, default=3e-4)
     parser.add_argument("--critic_lr", type=float, default=7e-4)
     parser.add_argument("--policy_delay", type=int, default=2, help="critic updates per actor one")
-    args = parser.parse_args()
-    {"train": train, "select": select}[args.command](args)
+    parser.add_argument("--actor_width", type=int, default=128, help="units of its two layers")
+    parser.add_argument("--critic_width", type=int, default=256, help="units of its two layers")
+    parser.add_argument("--learning_starts", type=int, default=5_000, help="uniform first steps")
+    parser.add_argument("--eval_freq", type=int, default=10_000, help="steps between snapshots")
+    parser.add_argument("--eval_episodes", type=int, default=10)
+    args = parser.parse_args(args)
+    if args.env != goal_ant.ENV_ID and (task(args.env).family == "antmaze"):
+        raise ValueError(f"the policy for AntMaze is trained in {goal_ant.ENV_ID}")
+    return args
+
+
+def main(args=None):
+    """Runs the command line; an error ends in one line."""
+    try:
+        args = parse(args)
+        choose = select_ant if args.env == goal_ant.ENV_ID else select
+        {"train": train, "select": choose}[args.command](args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

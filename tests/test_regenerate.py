@@ -238,12 +238,16 @@ def test_two_requests_at_once_make_one_file(policies, monkeypatch):
 
 
 def test_the_shipped_policies_make_the_tasks_of_hopper():
-    variants = ("expert", "medium-expert", "medium-replay", "medium", "random")
+    variants = ("expert", "full-replay", "medium-expert", "medium-replay", "medium", "random")
     for variant in variants:
         assert f"hopper-{variant}-v2" in module.regenerated_tasks()
-    steps = [BehaviorPolicy.load(path).env_steps for path in module._policies(REPLAY)]
-    assert steps[0] == 0
-    assert steps == sorted(steps)
+    last = []
+    for env_id in (REPLAY, "hopper-full-replay-v2"):
+        steps = [BehaviorPolicy.load(path).env_steps for path in module._policies(env_id)]
+        assert steps[0] == 0 and len(steps) == 8
+        assert steps == sorted(steps)
+        last.append(steps[-1])
+    assert last[1] > last[0]
     medium, expert = (
         BehaviorPolicy.load(module.POLICIES / f"hopper-{name}.npz").normalized_score
         for name in ("medium", "expert")

@@ -47,8 +47,9 @@ def maze_file(tmp_path_factory):
         before = env.data.qpos.copy(), env.data.qvel.copy()
         observation = np.concatenate(before)
         _, reward, terminated, _, _ = env.step(action)
-        rows.append((observation, action, reward, terminated, step % 12 == 11, *before, goal))
-    keys = "observations actions rewards terminals timeouts infos/qpos infos/qvel infos/goal"
+        rows.append((observation, action, reward, terminated, step % 12 == 11, *before, goal, goal))
+    keys = "observations actions rewards terminals timeouts infos/qpos infos/qvel"
+    keys += " infos/goal infos/rewarded_goal"
     arrays = {k: np.array(x) for k, x in zip(keys.split(), zip(*rows, strict=True), strict=True)}
     floats = {k: x.astype(np.float32) for k, x in arrays.items() if x.dtype == np.float64}
     arrays["timeouts"] &= ~arrays["terminals"]
@@ -97,8 +98,11 @@ def test_visited_cells_and_success_of_a_maze(maze_file):
     # Goal, start, right of the start, the corridor up, and left of it on the way back.
     assert visited == {(3, 1), (1, 1), (1, 2), (2, 3), (3, 2)}
     assert found["visited_cells"] == "5 of 7"
-    returns = [x.sum() for x in np.split(dataset["rewards"], report.episode_bounds(dataset)[0][1:])]
-    assert 0 < found["success_rate"] == np.mean([x > 0 for x in returns]) < 1
+    # Five episodes, however many of the steps at the goal are terminal; the first one starts there.
+    assert found["terminals"] > 1
+    assert (found["episodes"], found["success_rate"]) == (5, 0.2)
+    assert found["return"]["100%"] > 1 and found["score"]["100%"] == 100
+    assert report.episode_bounds(dataset, in_maze=True)[0].tolist() == [0, 12, 24, 36, 48]
 
 
 @pytest.mark.parametrize("env", [HOPPER, MAZE])
@@ -141,10 +145,10 @@ def test_maze_rewards_are_checked_where_the_goals_are_known(maze_file, tmp_path)
     for name in ("observations", "rewards", "terminals"):
         assert found[name]["agree"] == found[name]["compared"] > 0
     arrays = arrays_of(maze_file)
-    elsewhere = arrays | {"infos/goal": arrays["infos/goal"] + 3}
+    elsewhere = arrays | {"infos/rewarded_goal": arrays["infos/rewarded_goal"] + 3}
     moved = report.check(MAZE, written(tmp_path / "moved.hdf5", elsewhere))
     assert moved["rewards"]["agree"] == 60 - int(arrays["rewards"].sum()) < 60
-    del arrays["infos/goal"]
+    del arrays["infos/rewarded_goal"]
     unknown = report.check(MAZE, written(tmp_path / "bare.hdf5", arrays))
     assert unknown["rewards"] == {"compared": 0, "agree": 0}
     assert "rewards: not compared" in report.check_text(MAZE, "bare.hdf5", unknown)
