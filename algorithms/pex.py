@@ -48,7 +48,7 @@ class Config:
     """All settings. Defaults are the paper's for locomotion; PRESETS has what differs by task."""
 
     env: str = "antmaze-umaze-v2"  # D4RL task id
-    data: str = "d4rl"  # d4rl (its cache, else a download), regenerated, or a path to an HDF5 file
+    data: str = "d4rl"  # d4rl (cache or download), regenerated, minari:ID, or path of an HDF5 file
     regenerated_size: int = 200_000  # transitions that --data regenerated collects
     seed: int = 0  # seeds networks, batches, exploration and the training environment
     device: str = "auto"  # auto, cpu or cuda
