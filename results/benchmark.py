@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "algorithms"))
 import cal_ql  # noqa: E402
 import dare_cql  # noqa: E402
 import dare_iql  # noqa: E402
+import edis_iql  # noqa: E402
 import iql  # noqa: E402
 import pex  # noqa: E402
 from diffusion import BehaviorModel, behavior_loss  # noqa: E402
@@ -188,6 +189,28 @@ def parts_of(dare, states) -> dict:
     }
 
 
+def edis_steps(args) -> dict:
+    """Parts of one training of EDIS: the model, its energies, generated rows."""
+    cfg = edis_iql.Config(env=ENV, precision=args.precision, cuda_graph=not args.eager)
+    buffers = [filled_buffer(edis_iql, 11, 3, size, args.device) for size in (ROWS, 10_000)]
+    agent = edis_iql.ImplicitQLearning(*buffers[0].dims, cfg, args.device)
+    edis = edis_iql.EDIS(cfg, SimpleNamespace(stop=False), agent, *buffers)
+    rows = torch.cat([buffer.rows[:, : edis.n_columns] for buffer in buffers])
+    edis.model.set_statistics(rows)
+    table = torch.cat([edis.model.standardize(rows), torch.zeros_like(rows[:, :1])], 1)
+    pairs = dict.fromkeys(edis_iql.ENERGIES, (table[:, :-1], table[:, :-1]))
+    energies = [(energy, 1.0) for energy in edis.energies.values()]
+    return {
+        "edis: 10 updates of the model": lambda: edis.fit(
+            edis.model, edis.model_losses, table, 10, cfg.model_lr
+        ),
+        "edis: 10 updates of the energies": lambda: edis.fit(
+            edis.energies, edis.energy_losses, pairs, 10, cfg.energy_lr
+        ),
+        "edis: 256 rows, 128 steps": lambda: edis.generate(256, energies),
+    }
+
+
 def behavior_update(args) -> dict:
     """One update of the behavior model on 4,096 rows."""
     model = BehaviorModel(11, 3).to(args.device)
@@ -281,7 +304,7 @@ def main():
     with tempfile.TemporaryDirectory() as runs_dir, open(os.devnull, "w") as silence:
         sys.stdout, stdout = silence, sys.stdout
         calls = {**updates(args), **online_steps(args, runs_dir), **behavior_update(args)}
-        calls |= the_rest(args)
+        calls |= {**edis_steps(args), **the_rest(args)}
         sys.stdout = stdout
     calls = {name: call for name, call in calls.items() if args.only in name}
     if not calls:
