@@ -80,3 +80,27 @@ def test_compare(tmp_path, program, capsys):
     assert len(rows) == 8 and rows[0]["quantity"] == "offline score" and rows[0]["b"] == "21.0"
     with pytest.raises(SystemExit, match="no seed in .* is finished by both a and c"):
         program("compare", tmp_path, "a", "c")
+
+
+def test_records_are_read_back(tmp_path, program, monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    collect = importlib.import_module("collect")
+    run = tmp_path / "runs" / "dare_iql" / ENV / "seed_3"
+    finished_run(run, [1, 2], [5, 6])
+    (run / "config.yaml").write_text(yaml.safe_dump({"seed": 3, "data": "regenerated"}))
+    (run / "eval.csv").write_text(
+        "phase,step,normalized_score,success_rate\noffline,5,1.5,\nonline,0,2.5,\n"
+        + "".join(f"online,{i},{10 * i + 0.125},\n" for i in range(1, 7))
+    )
+    (run / "train.csv").write_text("phase,step,tau\noffline,5,\nonline,1,0.5\n")
+    first = collect.read_records(tmp_path / "runs")
+    collect.write_records(first, tmp_path / "records")
+    for record in first + collect.read_records(tmp_path / "records"):
+        assert (record.method, record.env, record.seed) == ("dare_iql", ENV, 3)
+        assert record.settings["data"] == "regenerated" and record.settings["seed"] == 3
+        assert record.offline_score == 2.5 and record.best == 60.125
+        assert record.last_four == pytest.approx((30 + 40 + 50 + 60) / 4 + 0.125)
+        assert record.scores("offline")[0].tolist() == [5]
+        assert record.train[-1] == {"phase": "online", "step": 1, "tau": 0.5}
+    with pytest.raises(FileNotFoundError, match="neither finished runs nor runs.csv"):
+        collect.read_records(tmp_path)
