@@ -110,6 +110,7 @@ class Config:
 
     exchange: str = "gaussian"  # DARE: gaussian (Eqs. 8 to 10), direct (Sec. 7.5) or none
     max_exchange: float = 32.0  # n of Eq. 10, App. B.1
+    exchange_when: str = "always"  # or separated: only if mu_off < mu_on (beyond the paper)
     online_loss: str = "td"  # on online-like rows: td (Eq. 14: no R) or none (R, as Cal-QL)
     align: str = "gaussian_kl"  # reading of Eq. 7: gaussian_kl or softmax_kl
     n_reference: int = 1  # reference actions per state
@@ -216,6 +217,7 @@ GUIDANCE_SCALE = {
 PRESETS |= {env: {"guidance_scale": scale} for env, scale in GUIDANCE_SCALE.items()}
 CHOICES |= {
     "exchange": ["gaussian", "direct", "none"],
+    "exchange_when": ["always", "separated"],
     "online_loss": ["td", "none"],
     "align": ["gaussian_kl", "softmax_kl"],
     "reference": ["guided", "resample"],
@@ -681,13 +683,17 @@ def separation_point(offline_scores, online_scores):
     return (mean + u).to(offline_scores.dtype)
 
 
-def exchange(offline_batch, online_batch, offline_scores, online_scores, max_exchange=math.inf):
+def exchange(
+    offline_batch, online_batch, offline_scores, online_scores, max_exchange=math.inf, when="always"
+):
     """Swap the M highest-scored offline rows at or above tau with the M lowest-scored online rows
-    below it, Eq. 10; gives both batches, M and tau.
+    below it, Eq. 10; gives both batches, M and tau. "separated" swaps none unless mu_off < mu_on.
     """
     tau = separation_point(offline_scores, online_scores)
     online_like, offline_like = (offline_scores >= tau).sum(), (online_scores < tau).sum()
     exchanged = torch.minimum(online_like, offline_like).clamp(max=max_exchange).floor()
+    if when == "separated":
+        exchanged = exchanged * (offline_scores.mean() < online_scores.mean())
     n, n_pairs = len(offline_scores), min(len(offline_scores), len(online_scores))
     i = offline_scores.argsort(descending=True, stable=True)[:n_pairs]
     j = online_scores.argsort(stable=True)[:n_pairs] + n
@@ -773,7 +779,7 @@ class DARE:
             *batches, exchanged, tau = direct_exchange(offline_batch, online_batch, *halves)
         else:
             *batches, exchanged, tau = exchange(
-                offline_batch, online_batch, *halves, self.cfg.max_exchange
+                offline_batch, online_batch, *halves, self.cfg.max_exchange, self.cfg.exchange_when
             )
         fits = [x.mean() for x in halves] + [x.std(correction=0) for x in halves]
         return *batches, dict(zip(SCORE_COLUMNS, [exchanged.float(), tau, *fits], strict=True))

@@ -76,6 +76,7 @@ CHOSEN = {
     "mixing_ratio": 0.5,
     "initial_collection_steps": 5_000,
     "exchange": "gaussian",
+    "exchange_when": "always",
     "online_loss": "sac",
     "n_max_actions": 10,
     "online_expectile": 0.99,  # App. G

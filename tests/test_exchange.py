@@ -1,6 +1,7 @@
 """Alignment scores (Eq. 7), separation point (Eqs. 8, 9), exchange (Eq. 10), theory (App. A)."""
 
 import math
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -241,6 +242,26 @@ def test_one_distinct_score_exchanges_nothing():
 
 
 @EXAMPLES
+@given(TIES | SPREAD, CAPS)
+def test_separated_exchanges_only_where_the_offline_mean_is_lower(scores, cap):
+    args = halves(*scores)
+    *batches, m, tau = exchange(*args, cap, "separated")
+    assert tau == exchange(*args, cap)[3]
+    lower = args[2].mean() < args[3].mean()
+    *expected, expected_m, _ = exchange(*args, cap if lower else 0)
+    assert m == expected_m and (lower or m == 0)
+    assert [ids_of(b) for b in batches] == [ids_of(b) for b in expected]
+
+
+def test_separated_on_either_side_of_equal_means():
+    lower, upper = [0.0, 1.0, 4.0], [1.0, 2.0, 3.0]
+    assert exchange(*halves(lower, upper), when="separated")[2] > 0
+    for x, y in [(upper, lower), (lower, lower)]:
+        assert exchange(*halves(x, y))[2] > 0
+        assert exchange(*halves(x, y), when="separated")[2] == 0
+
+
+@EXAMPLES
 @given(TIES | SPREAD)
 def test_direct_exchange_sorts_the_whole_batch(scores):
     args = halves(*scores)
@@ -265,7 +286,7 @@ def test_no_score_is_read_by_the_host():
     offline, online = (Batch(*(f.to("meta") for f in batch_of(range(n)))) for n in (6, 4))
     scores = [alignment_score(b.actions, torch.empty(len(b.rewards), 3, 2, device="meta"))
               for b in (offline, online)]  # fmt: skip
-    for function in (exchange, direct_exchange):
+    for function in (exchange, partial(exchange, when="separated"), direct_exchange):
         *after, m, tau = function(offline, online, *scores)
         assert m.shape == tau.shape == () and m.is_meta and tau.is_meta
         for before, batch in zip((offline, online), after, strict=True):

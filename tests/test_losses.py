@@ -383,6 +383,19 @@ def test_resampling_draws_rows_with_support_alone(monkeypatch, chunk):
         assert buffer.index.max() == drawable - 1
 
 
+@pytest.mark.parametrize("when", ["always", "separated"])
+def test_a_pass_of_algorithm_1_asks_whether_to_exchange(monkeypatch, batch, when):
+    # The first offline rows are far from their references and all others on them.
+    references = batch.actions[:, None].clone()
+    references[:3] += 1.0
+    monkeypatch.setattr(dare_iql, "sample_actions", lambda *args, **kwargs: references)
+    dare = bare_dare(guidance_scale=0, exchange_when=when)
+    halves = [Batch(*(x[rows] for x in batch)) for rows in (OFFLINE, ONLINE)]
+    *after, metrics = dare(*halves)
+    assert metrics["mu_offline"] > metrics["mu_online"]
+    assert (metrics["exchanged"] > 0) == (when == "always")
+
+
 @pytest.mark.parametrize("kind, align", [("gaussian", "gaussian_kl"), ("direct", "softmax_kl")])
 def test_a_pass_of_algorithm_1_exchanges_by_the_scores(monkeypatch, batch, kind, align):
     # References far from the first offline rows and near the online rows: these change sides.
