@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from d4rl_gymnasium import minari_io, report
 from d4rl_gymnasium.data import DatasetError, get_dataset, timeouts_of
@@ -11,12 +12,18 @@ AGREEING = 0.99  # of a comparison; below it the file is taken for one of other 
 
 
 def describe(args):
-    """Print what a data set holds and draw its picture."""
-    found, dataset = report.describe(args.env, args.data, args.regenerated_size)
-    print(report.text(args.env, found))
-    path = args.png or f"{args.env}.png"
-    report.picture(args.env, dataset, path)
-    print(f"picture: {path}")
+    """Print what data sets hold, draw their pictures, and put the numbers into a table."""
+    rows = []
+    for env in args.env:
+        found, dataset = report.describe(env, args.data, args.regenerated_size)
+        print(report.text(env, found))
+        path = Path(args.pictures, f"{env}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        report.picture(env, dataset, path)
+        print(f"picture: {path}", flush=True)
+        rows.append(report.row(env, args.data, found))
+        if args.csv:
+            report.write_csv(rows, args.csv)
 
 
 def check(args):
@@ -38,8 +45,8 @@ def to_minari(args):
     print(f"{dataset_id}: {path}")
 
 
-def _add_data(parser):
-    parser.add_argument("env", metavar="ENV", help="task id")
+def _add_data(parser, **several):
+    parser.add_argument("env", metavar="ENV", help="task id", **several)
     parser.add_argument(
         "--data", default="d4rl", help="d4rl, regenerated, minari:ID or an HDF5 file"
     )
@@ -51,8 +58,9 @@ def main(args=None):
     parser = argparse.ArgumentParser(prog="python -m d4rl_gymnasium", description=__doc__)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("describe", help="what a data set holds, with a picture")
-    _add_data(one)
-    one.add_argument("--png", help="picture to write (default: ENV.png)")
+    _add_data(one, nargs="+")
+    one.add_argument("--pictures", default=".", metavar="FOLDER", help="where ENV.png goes")
+    one.add_argument("--csv", metavar="FILE", help="table to write, a row for each task")
     one.set_defaults(run=describe)
     other = commands.add_parser("check", help="does the simulator reproduce a D4RL file?")
     other.add_argument("file", metavar="FILE", help="HDF5 file in D4RL's format")
@@ -66,7 +74,8 @@ def main(args=None):
     third.set_defaults(run=to_minari)
     args = parser.parse_args(args)
     try:
-        task(args.env)
+        for env in args.env if isinstance(args.env, list) else [args.env]:
+            task(env)
         args.run(args)
     except (DatasetError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -1,5 +1,8 @@
 """What a data set holds, and whether the simulator here is the one that made it."""
 
+import csv
+import os
+
 import gymnasium
 import numpy as np
 
@@ -103,6 +106,28 @@ def text(env_id, found):
                      f"free cells visited {found['visited_cells']}")  # fmt: skip
     lines.append(f"action components at the bounds: {100 * found['action_saturation']:.1f}%")
     return "\n".join(lines)
+
+
+def row(env_id, data, found):
+    """The numbers of `describe` as a row of a table, a dictionary."""
+    flat = {"env": env_id, "data": data}
+    for name, value in found.items():
+        if isinstance(value, dict):
+            flat |= {f"{name} {quantile}": f"{x:.1f}" for quantile, x in value.items()}
+        else:
+            flat[name] = f"{value:.4f}" if isinstance(value, float) else value
+    return flat
+
+
+def write_csv(rows, path):
+    """Write rows with the union of their columns, whole or not at all."""
+    partial = f"{path}.partial"
+    with open(partial, "w", newline="") as file:
+        columns = list(dict.fromkeys(name for one in rows for name in one))
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
 
 
 def picture(env_id, dataset, path):

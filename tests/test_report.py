@@ -1,5 +1,6 @@
 """python -m d4rl_gymnasium describe and check: numbers by hand, and faults that must show."""
 
+import csv
 from pathlib import Path
 
 import gymnasium
@@ -107,14 +108,26 @@ def test_visited_cells_and_success_of_a_maze(maze_file):
 
 @pytest.mark.parametrize("env", [HOPPER, MAZE])
 def test_describe_prints_and_draws(capsys, tmp_path, env, maze_file):
-    png = tmp_path / "data.png"
-    main(
-        ["describe", env, "--data", str(SAMPLE if env == HOPPER else maze_file), "--png", str(png)]
-    )
-    printed = capsys.readouterr().out
+    folder, file = tmp_path / "pictures", SAMPLE if env == HOPPER else maze_file
+    main(["describe", env, "--data", str(file), "--pictures", str(folder)])
+    printed, png = capsys.readouterr().out, folder / f"{env}.png"
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and f"picture: {png}" in printed
     assert printed.startswith(f"{env}: {400 if env == HOPPER else 60} transitions in ")
     assert ("free cells visited 5 of 7" in printed) == (env == MAZE)
+
+
+def test_describe_makes_a_table_of_several_tasks(tmp_path):
+    table, envs = tmp_path / "table.csv", [HOPPER, "hopper-expert-v2"]
+    folder = ["--pictures", str(tmp_path), "--csv", str(table)]
+    main(["describe", *envs, "--data", str(SAMPLE), *folder])
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["env"] for row in rows] == envs and rows[0]["data"] == str(SAMPLE)
+    found, _ = report.describe(HOPPER, str(SAMPLE))
+    assert int(rows[0]["episodes"]) == found["episodes"] and rows[0]["transitions"] == "400"
+    assert float(rows[0]["score mean"]) == pytest.approx(found["score"]["mean"], abs=0.051)
+    with pytest.raises(SystemExit, match="hoper"):
+        main(["describe", HOPPER, "hoper-medium-v2", "--data", str(SAMPLE), *folder])
 
 
 # --- check ---
