@@ -40,11 +40,11 @@ PARTS = {
     "uncapped": ("n = ∞", "#999933"),
     "direct": ("direct", "#332288"),
     "no_guidance": ("no guidance", "#DDAA33"),
-    "no_exchange": ("no exchange", "#009988"),
+    "no_exchange": ("no exchange", "#222222"),
     "resample": ("resampled reference", "#661100"),
     "reference4": ("4 references", "#EE99AA"),
     "reference16": ("16 references", "#994455"),
-    "separated": ("separated", "#4477AA"),
+    "separated": ("separated", "#228833"),
 }
 BASELINES = {
     "cql": ("CQL", "#999999"),
@@ -519,7 +519,10 @@ def draw_many(path: Path, names: list[str], write_figure) -> int:
         if name == "1":
             print("figure 1: not drawn, needs the directory of one finished DARE run as PATH")
             continue
-        figure, note = draw(name, records)
+        try:
+            figure, note = draw(name, records)
+        except ValueError as e:
+            figure, note = None, f"not drawn, {e}"
         if figure is None:
             print(f"figure {name}: {note}")
         else:

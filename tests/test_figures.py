@@ -232,7 +232,15 @@ def test_errors_are_one_line(figures, tmp_path, monkeypatch, capsys):
     runs[1].settings["online_iterations"] = 200.0
     with pytest.raises(ValueError, match=f"iql, dare_iql on {HOPPER} differ in data, updates"):
         figures.draw("7", runs)
-    figures.draw("9", [*runs, record(figures, "dare_cql", HOPPER, 0, data="d4rl")])  # two groups
+    mixed = [*runs, record(figures, "dare_cql", HOPPER, 0, data="d4rl")]
+    folder = write_records(figures, mixed, tmp_path / "mixed")
+    program(figures, monkeypatch, folder, "--figure", "7,9", "--output", tmp_path)  # 9 may mix
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"figure 7: not drawn, iql, dare_iql on {HOPPER} differ in data")
+    assert (
+        said[1].startswith(f"figure 9: {tmp_path / 'figure_9.png'}, 1 of 13 tasks")
+        and said[2:] == []
+    )
     runs[1].settings["online_iterations"] = 100.0
     other = record(figures, "iql", HOPPER, 1)
     del other.eval[-1]
