@@ -36,10 +36,16 @@ def load_run(path: Path):
     """Script, DARE and settings of a finished run, as they were at its end."""
     cfg_values = yaml.safe_load((path / "config.yaml").read_text())
     script = importlib.import_module("dare_iql" if "iql_tau" in cfg_values else "dare_cql")
-    cfg = script.Config(**cfg_values)
+    # The cache lies beside the run, wherever both were moved to.
+    cfg = script.Config(**cfg_values | {"runs_dir": str(path.resolve().parents[2])})
     if cfg.reference != "guided" or cfg.exchange == "none" or cfg.guidance_scale == 0:
         sys.exit(f"error: {path} is not a run with guided reference actions and an exchange")
-    dataset = d4rl.qlearning_dataset(cfg.env, data=cfg.data, regenerated_size=cfg.regenerated_size)
+    try:
+        dataset = d4rl.qlearning_dataset(
+            cfg.env, data=cfg.data, regenerated_size=cfg.regenerated_size
+        )
+    except d4rl.DatasetError as e:
+        sys.exit(f"error: {e}")
     dims = dataset["observations"].shape[1], dataset["actions"].shape[1]
     dataset["mc_returns"] = np.zeros(len(dataset["rewards"]))
     offline, online = (
@@ -58,9 +64,20 @@ def load_run(path: Path):
     agent = getattr(script, kind)(*dims, cfg, "cpu")
     agent.load_state_dict(state["agent"])
     online.load_state_dict(state["online_buffer"])
+    digest = offline.digest(sum(dims))  # of states and actions alone, as in the script
+    in_cache(script, cfg, "behavior", script.BEHAVIOR_FIELDS, digest)
+    in_cache(script, cfg, "support", script.SUPPORT_FIELDS, digest)
     dare = script.DARE(cfg, SimpleNamespace(stop=False), agent, offline, online)
     dare.load_state_dict(state["dare"])
     return script, dare
+
+
+def in_cache(script, cfg, kind: str, fields: list, digest: str) -> Path:
+    """Path of what a run keeps in its cache; exits if it is gone, as anew it would take hours."""
+    with script.cached(cfg, kind, fields, digest) as path:
+        if not path.exists():
+            sys.exit(f"error: {path} is missing; bring back the cache or repeat the run")
+        return path
 
 
 def others_of(dare) -> list:
