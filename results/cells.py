@@ -69,13 +69,14 @@ class Table:
         """Header and rows as text; `plain` escapes a text and `bold` wraps an escaped one."""
         marks, columns = self.marks(), list(dict.fromkeys(k for row in self.rows for k in row))
         lines = [[plain(k) for k in columns]]
-        for row in self.rows:
-            cells = [row.get(k) for k in columns]
-            texts = [c.text() + marks.get(c.sizes, "") if isinstance(c, Cell) else str(c or "")
-                     for c in cells]  # fmt: skip
-            lines.append([bold(plain(t)) if isinstance(c, Cell) and c.bold else plain(t)
-                          for c, t in zip(cells, texts, strict=True)])  # fmt: skip
-        return lines
+
+        def shown(cell) -> str:
+            if not isinstance(cell, Cell):
+                return "" if cell is None else plain(str(cell))
+            text = plain(cell.text() + marks.get(cell.sizes, ""))
+            return bold(text) if cell.bold else text
+
+        return lines + [[shown(row.get(k)) for k in columns] for row in self.rows]
 
     def markdown(self) -> str:
         """Title, table and legend."""

@@ -115,13 +115,13 @@ def entry(runs: dict, method: str, tasks: list[str], until: int, measure) -> Cel
 
 
 def highlighted(row: dict, groups: int) -> dict:
-    """The row with the highest mean of each group in bold, where there is something to compare."""
-    out, names = dict(row), list(row)
-    for group in np.array_split(names, groups):
-        means = {k: row[k].mean for k in map(str, group) if row[k]}
-        if len(means) > 1:
-            top = max(means.values())
-            out |= {k: replace(row[k], bold=True) for k, mean in means.items() if mean == top}
+    """The row with the highest mean of each group in bold, where two or more are comparable."""
+    out = dict(row)
+    for names in np.array_split(list(row), groups):
+        cells = {k: row[k] for k in map(str, names) if row[k]}
+        if len(cells) > 1 and len({c.sizes for c in cells.values()}) == 1:
+            top = max(c.mean for c in cells.values())
+            out |= {k: replace(c, bold=True) for k, c in cells.items() if c.mean == top}
     return out
 
 
@@ -200,7 +200,10 @@ def paper_tables(runs: dict, key: str, paper: bool = False, anyway: bool = False
     if paper:
         rows = layout_rows(runs, key, numbers=paper_numbers())
     what = "last-four mean" if layout.until else "offline score"
-    sums = "Sums and totals: of the means, where all tasks have runs; in brackets the fewest runs."
+    sums = (
+        "Sums and totals: of the means, where all tasks have runs; in brackets the fewest runs. "
+        "Bold: the highest mean of a row in its group, where all have the same data and sizes."
+    )
     note = f"Mean ± population standard deviation of the {what} over (n) runs. {sums}"
     iqm_note = "IQM: mean of the middle half of the runs of all tasks; 95% interval."
     title = f"Table {key}: {layout.title}"
