@@ -89,22 +89,21 @@ def fields_of(script: str) -> set[str]:
 
 
 @functools.cache
-def parsed(script: str, words: tuple[str, ...]):
-    """Settings of a command line without --seed, which would only multiply the parsing."""
+def script_parser(script: str):
+    """The script's own parser, whose making takes longer than many parsings."""
     module = script_module(script)
-    try:
-        return module.Parser(module.Config, allow_abbrev=False).parse_args(words)
-    except SystemExit as e:
-        sys.exit(f"{e}; the command was algorithms/{script}.py {shlex.join(words)}")
+    return module.Parser(module.Config, allow_abbrev=False)
 
 
 def config_of(run: Run):
     """Settings of a run, by the script's own parser."""
-    flags = run.flags | {"seed": 0}
+    flags = run.flags
     if "config_path" in flags:
-        flags["config_path"] = ROOT / flags["config_path"]
-    cfg = parsed(run.script, tuple(Run(run.script, flags).command[2:]))
-    return dataclasses.replace(cfg, seed=int(run.flags["seed"]))
+        flags = flags | {"config_path": ROOT / flags["config_path"]}
+    try:
+        return script_parser(run.script).parse_args(Run(run.script, flags).command[2:])
+    except SystemExit as e:
+        sys.exit(f"{e}; the command was {shlex.join(run.command)}")
 
 
 def shared_parts(run: Run) -> dict[str, tuple]:

@@ -1,10 +1,12 @@
 """results/grid.py: the plan of every experiment, what runs share, and real runs by Ray."""
 
+import argparse
 import contextlib
 import csv
+import functools
 import importlib
-import itertools
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -23,6 +25,8 @@ REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "results"
 DATA = Path(__file__).parent / "data" / "sample_hopper.hdf5"
 ENV = "hopper-medium-v2"
+EXPERIMENTS = [f"table{i}" for i in (1, 2, 3, 8, 9, 10, 11)] + [f"fig{i}" for i in range(1, 15)]
+EXPERIMENTS += ["paper", "study"]
 TINY = f"""data={DATA} wandb=disabled device=cpu hidden_dim=16 batch_size=32 offline_iterations=60
     online_iterations=200 initial_collection_steps=60 n_episodes=1 eval_freq=100
     offline_eval_freq=50 log_freq=25 checkpoint_freq=50""".split()
@@ -53,18 +57,23 @@ def options(pairs):
     return [word for pair in pairs for word in ("--set", pair)]
 
 
+@functools.cache
+def parser(script):
+    module = importlib.import_module(script)
+    return module.Parser(module.Config, allow_abbrev=False)
+
+
 def config(line):
-    """Script and settings of a printed command, by the script's own parser."""
+    """Settings of a printed command, by the script's own parser."""
     python, script, *words = shlex.split(line)
     assert python == "python" and (REPOSITORY / script).exists()
-    module = importlib.import_module(Path(script).stem)
-    return module, module.Parser(module.Config, allow_abbrev=False).parse_args(words)
+    return parser(Path(script).stem).parse_args(words)
 
 
 # --- Plans ---
 
 
-@pytest.mark.parametrize("name", ["paper", "study", "table10", "fig1"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_printed_commands_are_unique_and_parse(program, monkeypatch, name):
     monkeypatch.chdir(REPOSITORY)
     lines = program("run", name, "--dry_run", "--seeds", "3", "--runs_dir", "none_yet")
@@ -72,16 +81,15 @@ def test_printed_commands_are_unique_and_parse(program, monkeypatch, name):
     assert lines[0].startswith("# stage 1: ") and len(commands) > 2
     directories = set()
     for line in commands:
-        _, cfg = config(line)
+        cfg = config(line)
         assert cfg.seed == (0 if cfg.name.startswith("prepare_dare") else 3)
         directories.add((cfg.name, cfg.env, cfg.seed))
     assert len(set(commands)) == len(directories) == len(commands)
 
 
 def test_experiments_are_methods_and_tasks_that_exist(grid):
-    tasks, wanted = set(grid.EXPERIMENTS["table1"].parts[0][1]), {f"fig{i}" for i in range(1, 15)}
-    wanted |= {f"table{i}" for i in (1, 2, 3, 8, 9, 10, 11)} | {"paper", "study"}
-    assert set(grid.EXPERIMENTS) == wanted and len(tasks) == 13
+    tasks = set(grid.EXPERIMENTS["table1"].parts[0][1])
+    assert set(grid.EXPERIMENTS) == set(EXPERIMENTS) and len(tasks) == 13
     used = {m for x in grid.EXPERIMENTS.values() for part, _ in x.parts for m in part.split()}
     assert used == set(grid.METHODS)
     for experiment in grid.EXPERIMENTS.values():
@@ -271,71 +279,125 @@ def start(tmp_path, *args):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
 
-LONG = options([*TINY, "online_iterations=1500", "checkpoint_freq=100"])
+class InlineRay:
+    """What execute needs of Ray, in this process: the tasks whose name contains `bad` fail."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            cause = "error: out of luck"
+
+    def __init__(self, bad):
+        self.bad, self.order, self.asked = bad, [], {}
+
+    def remote(self, function):
+        return self
+
+    def options(self, **asked):
+        self.asked = asked
+        return type("Task", (), {"remote": lambda _, command, directory, *rest: directory})()
+
+    def wait(self, refs, timeout):
+        return refs[:1], refs[1:]
+
+    def get(self, directory):
+        self.order.append(directory)
+        if self.bad in directory:
+            raise self.exceptions.RayTaskError
+
+    def cluster_resources(self):
+        return {"CPU": 2, "GPU": self.gpus}
+
+    def available_resources(self):
+        return {"CPU": 1.0}
 
 
-def log_of(tmp_path, method, seed=0):
-    path = tmp_path / method / ENV / f"seed_{seed}.log"
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_dependents_of_a_failed_run_are_skipped_and_the_others_go_on(grid, tmp_path, capsys, gpus):
+    runs = grid.plan(["table1"], {"runs_dir": str(tmp_path)}, ["dare_iql", "cql"], [ENV], [0, 1])
+    ray, progress = InlineRay(bad="prepare_iql/hopper-medium-v2/seed_1"), grid.Progress(runs, runs)
+    ray.gpus = gpus
+    args = argparse.Namespace(retries=2, runs_per_gpu=4)
+    grid.execute(runs, progress, ray, args)
+    assert ray.asked["num_gpus"] == gpus / 4 and ray.asked["max_retries"] == 2
+    lost = [str(tmp_path / name / ENV / "seed_1") for name in ("prepare_iql", "dare_iql")]
+    assert {str(path) for path in progress.failed} == set(lost)
+    assert len(ray.order) == len(set(ray.order)) == len(runs) - 1 and lost[1] not in ray.order
+    order = [Path(path) for path in ray.order]
+    for run in runs:
+        if run.directory in order:
+            assert all(order.index(x.directory) < order.index(run.directory) for x in run.needs)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"failed: {lost[0]}: error: out of luck" in lines
+    assert f"skipped: {lost[1]} waits for {lost[0]}" in lines
+    assert lines[-1] == f"{len(runs) - 2} of {len(runs)} finished, 0 running, 2 failed"
+
+
+def log_of(tmp_path, method):
+    path = tmp_path / method / ENV / "seed_0.log"
     return path.read_text() if path.exists() else ""
 
 
-def test_a_killed_worker_and_a_failing_run(tmp_path, one_thread):
-    """Of iql, pex and a run that cannot start: the first loses its worker, and goes on."""
+def worker_of(tmp_path, script):
+    """Parent of the process of a script that is not a preparing run."""
+    (found,) = [parent for parent, words in command_lines() if words[1:2] == [script]
+                and str(tmp_path) in words and "--name" not in words]  # fmt: skip
+    return found
+
+
+def test_kill_interrupt_and_failure(tmp_path, one_thread):
+    """iql loses its worker, then all is stopped by Ctrl-C, then the same command goes on to the
+    end; a run that cannot start is in nobody's way.
+    """
     pytest.importorskip("ray")
-    broken = tmp_path / "pex" / ENV / "seed_1"
+    broken = tmp_path / "edis_iql" / ENV / "seed_0"
     broken.mkdir(parents=True)
     (broken / "config.yaml").write_text("beta: 5.0\n")
-    process = start(tmp_path, "--methods", "iql,pex", "--seeds", "0,1", "--retries", "1", *LONG)
-    run = tmp_path / "iql" / ENV / "seed_0"
-    wait_for(lambda: "online step 300" in log_of(tmp_path, "iql"))
-    workers = [parent for parent, words in command_lines()
-               if words[1:2] == ["algorithms/iql.py"] and str(tmp_path) in words
-               and "--name" not in words and words[words.index("--seed") + 1] == "0"]  # fmt: skip
-    assert len(workers) == 1
-    os.kill(workers[0], signal.SIGKILL)
+    sizes = ["online_iterations=2500", "checkpoint_freq=250", "eval_freq=250"]
+    args = ["--methods", "iql,pex,edis_iql", "--seeds", "0", "--retries", "1"]
+    args += options([*TINY, *sizes])
+    process = start(tmp_path, *args)
+    wait_for(lambda: "online step 500" in log_of(tmp_path, "iql"))
+    os.kill(worker_of(tmp_path, "algorithms/iql.py"), signal.SIGKILL)
+    wait_for(lambda: "online step 1,000" in log_of(tmp_path, "iql").partition("attempt 2")[2])
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and output.endswith("the same command goes on from there\n")
+    log, run = log_of(tmp_path, "iql"), tmp_path / "iql" / ENV / "seed_0"
+    killed, step = re.findall(
+        rf"(?:going on with {run} from|interrupted at) online step ([\d,]+)", log
+    )
+    assert int(killed.replace(",", "")) in (250, 500, 750)  # one interval at most
+    assert yaml.safe_load((run / "job.yaml").read_text())["attempts"] == 2
+
+    process = start(tmp_path, *args)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
     *_, counts, last = output.splitlines()
-    assert counts == "5 of 6 finished, 0 running, 1 failed"
+    assert counts == "3 of 4 finished, 0 running, 1 failed"
     assert last == "error: 1 runs failed or were skipped; their logs say why"
     (failure,) = [line for line in output.splitlines() if line.startswith("failed: ")]
     assert failure.startswith(f"failed: {broken}: error: {broken} has other settings of ")
-    assert log_of(tmp_path, "pex", 1).count("attempt ") == 2
-    log = log_of(tmp_path, "iql")
-    assert "attempt 2: " in log and f"going on with {run} from online step" in log
-    assert int(log.split("from online step ")[1].split()[0].replace(",", "")) >= 200
-    for method, seed in itertools.product(["iql", "pex"], [0]):
-        assert "cache hit: iql from" in log_of(tmp_path, method, seed)
+    assert f"going on with {run} from online step {int(step):,}" in log_of(tmp_path, "iql")
+    assert all("cache hit: iql from" in log_of(tmp_path, method) for method in ("iql", "pex"))
     assert log_of(tmp_path, "prepare_iql").count("offline step 50") == 1
-    job = yaml.safe_load((run / "job.yaml").read_text())
-    assert job["attempts"] == 2 and job["seconds"] is None  # the killed attempt's are not known
-    job = yaml.safe_load((tmp_path / "pex" / ENV / "seed_0" / "job.yaml").read_text())
-    assert job["attempts"] == 1 and 1 < job["seconds"] < 120 and 0.1 < job["peak_memory_gb"] < 2
-    assert job["command"].startswith("python algorithms/pex.py --env") and " x " in job["hardware"]
+    check_jobs(tmp_path)
     undisturbed = tmp_path / "undisturbed"
-    words = shlex.split(log.split("attempt 2: ")[1].splitlines()[0])[2:]
+    words = shlex.split(log.splitlines()[0].removeprefix("attempt 1: "))[2:]
     iql.main([str(undisturbed) if word == str(tmp_path) else word for word in words])
     for name in ("eval", "train"):
         expected = rows(undisturbed / "iql" / ENV / "seed_0", name)
-        # The agent from the cache has no offline rows in train.csv.
+        # With the agent from the cache there are no offline rows in train.csv.
         expected = [row for row in expected if name == "eval" or row["phase"] == "online"]
         assert rows(run, name) == expected and len(expected) > 10
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
-    pytest.importorskip("ray")
-    args = ["--methods", "iql", "--seeds", "0", *LONG, "--set", "checkpoint_freq=100000"]
-    process = start(tmp_path, *args)
-    wait_for(lambda: "online step 300" in log_of(tmp_path, "iql"))
-    os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and output.endswith("the same command goes on from there\n")
-    log = log_of(tmp_path, "iql")
-    assert log.splitlines()[-1].startswith("interrupted at online step ")
-    step = int(log.split("interrupted at online step ")[1].split(";")[0])
-    process = start(tmp_path, *args)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and output.endswith("2 of 2 finished, 0 running, 0 failed\n")
-    assert f"from online step {step:,}" in log_of(tmp_path, "iql")
+def check_jobs(tmp_path):
+    """job.yaml of a run that was killed, interrupted and ended, and of an undisturbed one."""
     job = yaml.safe_load((tmp_path / "iql" / ENV / "seed_0" / "job.yaml").read_text())
-    assert job["attempts"] == 2 and job["seconds"] > 2
+    assert job["attempts"] == 3 and job["seconds"] is None  # of the killed attempt not known
+    job = yaml.safe_load((tmp_path / "prepare_iql" / ENV / "seed_0" / "job.yaml").read_text())
+    assert job["attempts"] == 1 and 1 < job["seconds"] < 120 and 0.1 < job["peak_memory_gb"] < 2
+    assert job["command"].startswith("python algorithms/iql.py --env") and " x " in job["hardware"]
