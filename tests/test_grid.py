@@ -260,7 +260,7 @@ def command_lines():
             yield parent, (path / "cmdline").read_text().split("\0")
 
 
-def wait_for(what, seconds=60.0):
+def wait_for(what, seconds=240.0):
     """First true value of a function."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -270,8 +270,18 @@ def wait_for(what, seconds=60.0):
     pytest.fail("nothing came")
 
 
-def start(tmp_path, *args):
-    """The program on two workers, in a process group of its own."""
+@pytest.fixture
+def start(tmp_path):
+    """Starts the program on two workers, in a process group of its own, and never leaves it."""
+    started = []
+    yield lambda *args: started.append(popen(tmp_path, *args)) or started[-1]
+    for process in started:
+        if process.poll() is None:  # a failed test: Ray's own processes end with the program
+            process.terminate()
+            process.wait()
+
+
+def popen(tmp_path, *args):
     words = [sys.executable, "results/grid.py", "run", "table1", "--tasks", ENV, "--workers", "2"]
     words += ["--runs_dir", str(tmp_path), *args]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -347,7 +357,7 @@ def worker_of(tmp_path, script):
     return found
 
 
-def test_kill_interrupt_and_failure(tmp_path, one_thread):
+def test_kill_interrupt_and_failure(start, tmp_path, one_thread):
     """iql loses its worker, then all is stopped by Ctrl-C, then the same command goes on to the
     end; a run that cannot start is in nobody's way.
     """
@@ -355,25 +365,25 @@ def test_kill_interrupt_and_failure(tmp_path, one_thread):
     broken = tmp_path / "edis_iql" / ENV / "seed_0"
     broken.mkdir(parents=True)
     (broken / "config.yaml").write_text("beta: 5.0\n")
-    sizes = ["online_iterations=2500", "checkpoint_freq=250", "eval_freq=250"]
-    args = ["--methods", "iql,pex,edis_iql", "--seeds", "0", "--retries", "1"]
+    sizes = ["online_iterations=1500", "checkpoint_freq=250", "eval_freq=250"]
+    args = ["--methods", "iql,pex,edis_iql", "--seeds", "0"]
     args += options([*TINY, *sizes])
-    process = start(tmp_path, *args)
-    wait_for(lambda: "online step 500" in log_of(tmp_path, "iql"))
+    process = start(*args, "--retries", "1")
+    wait_for(lambda: "online step 250" in log_of(tmp_path, "iql"))
     os.kill(worker_of(tmp_path, "algorithms/iql.py"), signal.SIGKILL)
-    wait_for(lambda: "online step 1,000" in log_of(tmp_path, "iql").partition("attempt 2")[2])
+    wait_for(lambda: "online step 500" in log_of(tmp_path, "iql").partition("attempt 2")[2])
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 1 and output.endswith("the same command goes on from there\n")
     log, run = log_of(tmp_path, "iql"), tmp_path / "iql" / ENV / "seed_0"
     killed, step = re.findall(
         rf"(?:going on with {run} from|interrupted at) online step ([\d,]+)", log
     )
-    assert int(killed.replace(",", "")) in (250, 500, 750)  # one interval at most
+    assert int(killed.replace(",", "")) in (0, 250, 500)  # one interval at most
     assert yaml.safe_load((run / "job.yaml").read_text())["attempts"] == 2
 
-    process = start(tmp_path, *args)
-    output, _ = process.communicate(timeout=120)
+    process = start(*args, "--retries", "0")
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 1, output
     *_, counts, last = output.splitlines()
     assert counts == "3 of 4 finished, 0 running, 1 failed"
@@ -387,11 +397,15 @@ def test_kill_interrupt_and_failure(tmp_path, one_thread):
     undisturbed = tmp_path / "undisturbed"
     words = shlex.split(log.splitlines()[0].removeprefix("attempt 1: "))[2:]
     iql.main([str(undisturbed) if word == str(tmp_path) else word for word in words])
+    step = int(step.replace(",", ""))
     for name in ("eval", "train"):
-        expected = rows(undisturbed / "iql" / ENV / "seed_0", name)
-        # With the agent from the cache there are no offline rows in train.csv.
+        found, expected = rows(run, name), rows(undisturbed / "iql" / ENV / "seed_0", name)
+        # With the agent from the cache there are no offline rows in train.csv; and the means of the
+        # row that Ctrl-C fell into are those of the steps after it.
         expected = [row for row in expected if name == "eval" or row["phase"] == "online"]
-        assert rows(run, name) == expected and len(expected) > 10
+        if name == "train" and step % 25:
+            del found[step // 25], expected[step // 25]
+        assert found == expected and len(expected) > 5
 
 
 def check_jobs(tmp_path):
