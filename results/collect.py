@@ -81,7 +81,8 @@ def read_run(directory: Path) -> Record:
     settings = {}
     for name in ("config", "summary", "job"):
         if (path := directory / f"{name}.yaml").exists():
-            settings |= yaml.safe_load(path.read_text())
+            known = yaml.safe_load(path.read_text())
+            settings |= {k: v for k, v in known.items() if v is not None}
     name, env, seed = directory.parts[-3:]
     rows = (read_rows(directory / f"{kind}.csv") for kind in ("eval", "train"))
     return Record(name, env, int(seed.removeprefix("seed_")), settings, *rows)
@@ -94,7 +95,10 @@ def read_records(path: Path) -> list[Record]:
         FileNotFoundError: there are none.
     """
     path = Path(path)
-    found = [read_run(x.parent) for x in sorted(path.glob("*/*/seed_*/summary.yaml"))]
+    finished = sorted(path.glob("*/*/seed_*/summary.yaml"))
+    # Those of grid.py that only fill the cache are no results.
+    finished = [x.parent for x in finished if not x.parts[-4].startswith("prepare_")]
+    found = [read_run(directory) for directory in finished]
     if found:
         return found
     if not (path / "runs.csv").exists():

@@ -1,0 +1,121 @@
+"""One attempt at a run of grid.py, made in a worker of Ray: its process, log and job.yaml."""
+
+import ctypes
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+ROOT = Path(__file__).resolve().parents[1]
+POLL_SECONDS = 0.2
+LOCK_SECONDS = 60.0  # that an attempt waits for the end of the one before
+
+
+def attempt(command: list[str], directory: str, log: str, commit: str | None):
+    """Run a command to its end and write job.yaml; nothing is done for a finished run.
+
+    Raises:
+        RuntimeError: it failed, or another process holds the run's directory.
+        KeyboardInterrupt: the task was cancelled; the command was told to save and stop.
+    """
+    directory = Path(directory)
+    if (directory / "summary.yaml").exists():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(directory / "lock", timeout=LOCK_SECONDS):
+            pass
+    except Timeout:
+        raise RuntimeError(f"another process is training in {directory}") from None
+    path = directory / "job.yaml"
+    job = yaml.safe_load(path.read_text()) if path.exists() else {}
+    spent, memory = job.get("seconds", 0.0), job.get("peak_memory_gb", 0.0)
+    # Empty until the attempt's end: of an attempt that was killed with its worker it is not known.
+    job = {"command": shlex.join(command), "commit": commit, "hardware": hardware(),
+           "seconds": None, "peak_memory_gb": None,
+           "attempts": job.get("attempts", 0) + 1}  # fmt: skip
+    write_yaml(path, job)
+    code, usage, cancelled = run_command(command, Path(log), job["attempts"])
+    if spent is not None:
+        job["seconds"] = round(spent + usage.ru_utime + usage.ru_stime, 2)
+    if memory is not None:
+        job["peak_memory_gb"] = round(max(memory, usage.ru_maxrss / 2**20), 3)
+    write_yaml(path, job)
+    if cancelled:
+        raise KeyboardInterrupt
+    if code:
+        reason = last_line(Path(log))
+        if not reason.startswith("error:"):
+            reason = f"error: exit status {code}, the last line was: {reason}"
+            with open(log, "a") as f:
+                print(reason, file=f)
+        raise RuntimeError(reason)
+
+
+def run_command(command: list[str], log: Path, number: int) -> tuple:
+    """Run a command with its output appended to a log.
+
+    Returns:
+        Exit status, resource usage, and whether it was told to stop by a KeyboardInterrupt.
+    """
+    libc, parent, cancelled = ctypes.CDLL(None), os.getpid(), False
+
+    def die_with_the_worker():
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+    with open(log, "a") as f:
+        print(f"attempt {number}: {shlex.join(command)}", file=f, flush=True)
+        # In a session of its own, out of reach of the terminal's Ctrl-C: a second signal to a
+        # script, after the first one's SIGTERM, would stop it before it has saved.
+        process = subprocess.Popen(
+            [sys.executable, *command[1:]], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
+            start_new_session=True, preexec_fn=die_with_the_worker,
+        )  # fmt: skip
+    while True:  # a cancelled task is interrupted between two lines, not within a waiting call
+        try:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                process.returncode = os.waitstatus_to_exitcode(status)
+                return process.returncode, usage, cancelled
+            time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            cancelled = True
+            os.kill(process.pid, signal.SIGTERM)
+
+
+def write_yaml(path: Path, values: dict):
+    """Write a YAML file, whole or not at all."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(yaml.safe_dump(values, sort_keys=False))
+    os.replace(partial, path)
+
+
+def hardware() -> str:
+    """CPU model x cores, and the name of the GPU that the task was given."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    found = f"{models[0] if models else 'CPU'} x {os.cpu_count()}"
+    if (gpu := os.environ.get("CUDA_VISIBLE_DEVICES")) and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", gpu]
+        found += ", " + subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return found
+
+
+def last_line(path: Path) -> str:
+    """Last line of a log that is not empty; "" where there is none."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(max(0, path.stat().st_size - 4096))
+            lines = f.read().decode(errors="replace").split("\n")
+    except FileNotFoundError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
