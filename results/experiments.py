@@ -78,11 +78,15 @@ PARTS = {  # of the paper's tables and figures
 EXPERIMENTS = {name: Experiment(parts) for name, parts in PARTS.items()}
 EXPERIMENTS["paper"] = Experiment([part for parts in PARTS.values() for part in parts])
 STUDY_METHODS = """iql pex dare_iql dare_iql_no_guidance dare_iql_no_exchange dare_iql_direct
-    dare_iv dare_iql_resample dare_iql_reference4 dare_iql_reference16 dare_iql_separated"""
+    dare_iv dare_iql_separated"""
 STUDY_TASKS = """hopper-medium-replay-v2 hopper-medium-v2 walker2d-medium-v2 halfcheetah-medium-v2
     antmaze-umaze-v2""".split()
 EXPERIMENTS["study"] = Experiment(  # beyond the paper, at sizes for two CPU cores
-    [(STUDY_METHODS, STUDY_TASKS), ("cal_ql dare_cql", [STUDY_TASKS[0], STUDY_TASKS[3]])],
+    [
+        (STUDY_METHODS, STUDY_TASKS),
+        ("cal_ql dare_cql dare_iql_resample", [STUDY_TASKS[0], STUDY_TASKS[3]]),
+        ("dare_iql_reference4 dare_iql_reference16", STUDY_TASKS[:1]),
+    ],
     {
         "iql": "results/study.yaml",
         "pex": "results/study.yaml",
