@@ -1,10 +1,12 @@
-"""Write the README's section on results from committed records: python results/readme.py [--check]
+"""Write the README's tables from committed numbers: python results/readme.py [--check]
 
-Everything between the two marks in README.md is made from results/study (collect.py --records).
-With --check nothing is written, and a section that differs is an error.
+What stands between two marks in README.md is made from results/study (collect.py --records) and
+results/regenerated.csv (python -m d4rl_gymnasium describe ... --csv). With --check nothing is
+written, and text that differs is an error.
 """
 
 import argparse
+import csv
 import os
 import sys
 from pathlib import Path
@@ -16,8 +18,11 @@ from pairs import by_seed, cut, sizes_of, summary
 from tables import baseline, cost, exchange, study
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS = ROOT / "results" / "study"
-BEGIN, END = "<!-- results: python results/readme.py -->", "<!-- end of results -->"
+RECORDS, DATA = ROOT / "results" / "study", ROOT / "results" / "regenerated.csv"
+# Mean normalized scores of the episodes in D4RL's own files: 100 (mean return - random) / (expert -
+# random), with the mean returns of the -v2 files that Decision Transformer's code reports
+# (halfcheetah 4,770.3, hopper 1,422.1, walker2d 2,852.1) and D4RL's reference scores.
+ORIGINALS = {"halfcheetah-medium-v2": 40.7, "hopper-medium-v2": 44.3, "walker2d-medium-v2": 62.1}
 # The README's short names of columns; the order is that of the table.
 METHODS = {
     "iql": "IQL",
@@ -79,31 +84,66 @@ def section(records: list) -> str:
     return "\n".join([head, *(table.markdown() for table in tables)])
 
 
-def replaced(readme: str, text: str) -> str:
-    """The README with another section.
+def data_section(rows: list[dict]) -> str:
+    """Table of the regenerated data sets, from the rows of `describe --csv`."""
+    head = "task, episodes, mean score, 10% to 90%, D4RL's mean, terminals, timeouts, at bounds"
+    head = [*head.split(", "), "success", "cells visited"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        success, saturated = row["success_rate"], 100 * float(row["action_saturation"])
+        cells = [
+            row["env"],
+            f"{int(row['episodes']):,}",
+            row["score mean"],
+            f"{row['score 10%']} to {row['score 90%']}",
+            str(ORIGINALS.get(row["env"], "")),
+            f"{int(row['terminals']):,}",
+            f"{int(row['timeouts']):,}",
+            f"{saturated:.1f}%",
+            f"{100 * float(success):.0f}%" if success else "",
+            row["visited_cells"],
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def replaced(readme: str, name: str, text: str) -> str:
+    """The README with other text between the marks of this name.
 
     Raises:
         ValueError: the marks are missing.
     """
-    begin, end = readme.find(BEGIN), readme.find(END)
+    marks = f"<!-- {name}: python results/readme.py -->", f"<!-- end of {name} -->"
+    begin, end = map(readme.find, marks)
     if begin < 0 or end < begin:
-        raise ValueError(f"README.md needs the lines {BEGIN} and {END}")
-    return readme[: begin + len(BEGIN)] + "\n\n" + text + "\n" + readme[end:]
+        raise ValueError(f"README.md needs the lines {marks[0]} and {marks[1]}")
+    return readme[: begin + len(marks[0])] + "\n\n" + text + "\n" + readme[end:]
+
+
+def rewritten(readme: str) -> str:
+    """The README with its tables made anew.
+
+    Raises:
+        ValueError, FileNotFoundError: marks, records or the table of data sets are missing.
+    """
+    with open(DATA, newline="") as f:
+        readme = replaced(readme, "data", data_section(list(csv.DictReader(f))))
+    return replaced(readme, "results", section(read_records(RECORDS)))
 
 
 def main():
-    """Write or check the section."""
+    """Write or check the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail if it differs")
     args = parser.parse_args()
     path = ROOT / "README.md"
     try:
         old = path.read_text()
-        new = replaced(old, section(read_records(RECORDS)))
+        new = rewritten(old)
     except (ValueError, FileNotFoundError) as e:
         sys.exit(f"error: {e}")
     if args.check and new != old:
-        sys.exit("error: the README's results are not those of results/study; "
+        sys.exit("error: the README's tables are not those of results/; "
                  "run python results/readme.py")  # fmt: skip
     if new != old and not args.check:
         path.with_suffix(".tmp").write_text(new)

@@ -1,0 +1,48 @@
+"""The tables of the README are made from the files in results/, and only from them."""
+
+import csv
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def readme(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "results")
+    return importlib.import_module("readme")
+
+
+def test_every_table_of_the_readme_is_made_from_results(readme):
+    text = (ROOT / "README.md").read_text()
+    assert readme.rewritten(text) == text, "run python results/readme.py"
+
+
+def test_a_changed_number_shows(readme):
+    text = (ROOT / "README.md").read_text()
+    for name in ("data", "results"):
+        begin = text.index(f"<!-- {name}: python results/readme.py -->")
+        row = text.index("-v2 | ", begin) + len("-v2 | ")
+        changed = text[:row] + "9" + text[row:]
+        assert changed != text == readme.rewritten(changed)
+
+
+def test_missing_marks_are_an_error(readme):
+    with pytest.raises(ValueError, match="README.md needs the lines <!-- data: .*<!-- end of data"):
+        readme.rewritten("# A README without tables\n")
+
+
+def test_the_data_sets_are_those_of_the_paper(readme):
+    with open(ROOT / "results" / "regenerated.csv", newline="") as f:
+        rows = {row["env"]: row for row in csv.DictReader(f)}
+    tasks = importlib.import_module("pairs").TASKS
+    assert set(tasks) <= set(rows) and len(tasks) == 13
+    for task in tasks:
+        assert rows[task]["data"] == "regenerated" and rows[task]["transitions"] == "200000"
+        if task.startswith("antmaze"):
+            visited, free = rows[task]["visited_cells"].split(" of ")
+            assert float(rows[task]["success_rate"]) >= 0.5 and visited == free
+        elif task.endswith("-medium-v2"):
+            assert 25 <= float(rows[task]["score mean"]) <= 60
