@@ -237,19 +237,24 @@ def test_two_requests_at_once_make_one_file(policies, monkeypatch):
     assert d4rl.dataset_path(*request).exists()
 
 
-def test_the_shipped_policies_make_the_tasks_of_hopper():
-    variants = ("expert", "full-replay", "medium-expert", "medium-replay", "medium", "random")
-    for variant in variants:
-        assert f"hopper-{variant}-v2" in module.regenerated_tasks()
+def test_the_shipped_policies_make_every_task():
+    assert module.regenerated_tasks() == sorted(d4rl.TASKS)
+    for path in module.POLICIES.glob("*.npz"):
+        assert path.stat().st_size <= 200_000
+
+
+@pytest.mark.parametrize("robot", ["halfcheetah", "hopper", "walker2d"])
+def test_the_shipped_policies_are_of_d4rls_recipe(robot):
     last = []
-    for env_id in (REPLAY, "hopper-full-replay-v2"):
+    for env_id in (f"{robot}-medium-replay-v2", f"{robot}-full-replay-v2"):
         steps = [BehaviorPolicy.load(path).env_steps for path in module._policies(env_id)]
         assert steps[0] == 0 and len(steps) == 8
         assert steps == sorted(steps)
         last.append(steps[-1])
     assert last[1] > last[0]
     medium, expert = (
-        BehaviorPolicy.load(module.POLICIES / f"hopper-{name}.npz").normalized_score
+        BehaviorPolicy.load(module.POLICIES / f"{robot}-{name}.npz")
         for name in ("medium", "expert")
     )
-    assert 0.2 < medium / expert < 0.5
+    assert last[0] == medium.env_steps and expert.normalized_score > 80
+    assert 0.25 < medium.normalized_score / expert.normalized_score < 0.5
