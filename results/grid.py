@@ -255,10 +255,14 @@ def start_ray(args):
         sys.exit('error: run needs Ray; pip install -e ".[grid]", or use --dry_run')
     settings = {"log_to_driver": False, "logging_level": "ERROR"}
     if args.address:
-        ray.init(address=args.address, **settings)
+        settings["address"] = args.address
     else:
-        ray.init(address="local", include_dashboard=False, num_cpus=args.workers or os.cpu_count(),
-                 object_store_memory=80 * 2**20, **settings)  # fmt: skip
+        settings |= {"address": "local", "num_cpus": args.workers or os.cpu_count()}
+        settings |= {"include_dashboard": False, "object_store_memory": 80 << 20}
+    try:
+        ray.init(**settings)
+    except Exception as e:  # of Ray's own kinds and plain ones: a busy machine, a wrong address
+        sys.exit(f"error: Ray did not start ({str(e).splitlines()[0]}); try again, or --dry_run")
     return ray
 
 
