@@ -88,6 +88,12 @@ def read_run(directory: Path) -> Record:
     return Record(name, env, int(seed.removeprefix("seed_")), settings, *rows)
 
 
+def finished_runs(runs_dir: Path) -> list[Path]:
+    """Directories of the finished runs, without those of grid.py that only fill the cache."""
+    found = sorted(runs_dir.glob("*/*/seed_*/summary.yaml"))
+    return [path.parent for path in found if not path.parts[-4].startswith("prepare_")]
+
+
 def read_records(path: Path) -> list[Record]:
     """Records of the finished runs in a runs directory, or of those that write_records wrote.
 
@@ -95,10 +101,7 @@ def read_records(path: Path) -> list[Record]:
         FileNotFoundError: there are none.
     """
     path = Path(path)
-    finished = sorted(path.glob("*/*/seed_*/summary.yaml"))
-    # Those of grid.py that only fill the cache are no results.
-    finished = [x.parent for x in finished if not x.parts[-4].startswith("prepare_")]
-    found = [read_run(directory) for directory in finished]
+    found = [read_run(directory) for directory in finished_runs(path)]
     if found:
         return found
     if not (path / "runs.csv").exists():
@@ -168,9 +171,9 @@ def interval(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
 def collect(runs_dir: Path) -> dict:
     """Finished runs by (method, task, data, offline updates, online steps)."""
     groups = defaultdict(list)
-    for path in sorted(runs_dir.glob("*/*/seed_*/summary.yaml")):
-        cfg = yaml.safe_load((path.parent / "config.yaml").read_text())
-        run = yaml.safe_load(path.read_text()) | rates(path.parent / "train.csv")
+    for path in finished_runs(runs_dir):
+        cfg = yaml.safe_load((path / "config.yaml").read_text())
+        run = yaml.safe_load((path / "summary.yaml").read_text()) | rates(path / "train.csv")
         data = Path(cfg["data"]).name
         sizes = cfg["offline_iterations"], cfg["online_iterations"]
         groups[(cfg["name"], cfg["env"], data, *sizes)].append(run)
@@ -180,9 +183,9 @@ def collect(runs_dir: Path) -> dict:
 def write_evaluations(runs_dir: Path, path: Path):
     """Write the rows of all finished runs' eval.csv, with method, task and seed before them."""
     rows = []
-    for summary in sorted(runs_dir.glob("*/*/seed_*/summary.yaml")):
-        name, env, seed = summary.parent.parts[-3:]
-        with open(summary.parent / "eval.csv", newline="") as f:
+    for path in finished_runs(runs_dir):
+        name, env, seed = path.parts[-3:]
+        with open(path / "eval.csv", newline="") as f:
             run = {"method": name, "env": env, "seed": seed.removeprefix("seed_")}
             rows += [run | row for row in csv.DictReader(f)]
     with open(path, "w", newline="") as f:

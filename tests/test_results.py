@@ -93,11 +93,16 @@ def test_records_are_read_back(tmp_path, program, monkeypatch):
         + "".join(f"online,{i},{10 * i + 0.125},\n" for i in range(1, 7))
     )
     (run / "train.csv").write_text("phase,step,tau\noffline,5,\nonline,1,0.5\n")
+    finished_run(tmp_path / "runs" / "prepare_dare" / ENV / "seed_0", [1], [5])  # no result
+    (run / "job.yaml").write_text(yaml.safe_dump({"commit": "abc", "seconds": None}))
     first = collect.read_records(tmp_path / "runs")
     collect.write_records(first, tmp_path / "records")
-    for record in first + collect.read_records(tmp_path / "records"):
+    second = collect.read_records(tmp_path / "records")
+    assert len(first) == len(second) == 1
+    for record in first + second:
         assert (record.method, record.env, record.seed) == ("dare_iql", ENV, 3)
         assert record.settings["data"] == "regenerated" and record.settings["seed"] == 3
+        assert record.settings["commit"] == "abc" and "seconds" not in record.settings
         assert record.offline_score == 2.5 and record.best == 60.125
         assert record.last_four == pytest.approx((30 + 40 + 50 + 60) / 4 + 0.125)
         assert record.scores("offline")[0].tolist() == [5]
