@@ -183,9 +183,9 @@ def collect(runs_dir: Path) -> dict:
 def write_evaluations(runs_dir: Path, path: Path):
     """Write the rows of all finished runs' eval.csv, with method, task and seed before them."""
     rows = []
-    for path in finished_runs(runs_dir):
-        name, env, seed = path.parts[-3:]
-        with open(path / "eval.csv", newline="") as f:
+    for directory in finished_runs(runs_dir):
+        name, env, seed = directory.parts[-3:]
+        with open(directory / "eval.csv", newline="") as f:
             run = {"method": name, "env": env, "seed": seed.removeprefix("seed_")}
             rows += [run | row for row in csv.DictReader(f)]
     with open(path, "w", newline="") as f:

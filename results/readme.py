@@ -14,6 +14,7 @@ from pathlib import Path
 from cells import Table
 from claims import claims
 from collect import read_records
+from experiments import EXPERIMENTS
 from pairs import by_seed, cut, sizes_of, summary
 from tables import baseline, cost, exchange, study
 
@@ -75,11 +76,14 @@ def section(records: list) -> str:
     commits = sorted({str(r.settings.get("commit", "unknown")) for r in records})
     hardware = sorted({str(r.settings.get("hardware", "unknown")) for r in records})
     torch = sorted({str(r.settings.get("torch", "unknown")) for r in records})
+    experiment = EXPERIMENTS["study"]
+    planned = sum(len(part.split()) * len(tasks) for part, tasks in experiment.parts)
     head = (
-        f"The study: {len(records)} runs at reduced size on regenerated data, which compare the "
-        "methods with each other and with no published number. Commit "
+        f"The study, of which {len(records)} of {planned * len(experiment.seeds)} runs are made: "
+        "reduced sizes on regenerated data, which compare the methods with each other and with no "
+        "published number (`python results/grid.py run study`). Commit "
         f"{', '.join(commits)}; {'; '.join(hardware)}; torch {', '.join(torch)}. "
-        "Every evaluation and command is in [results/study](results/study).\n"
+        "Every evaluation and the command of every run is in [results/study](results/study).\n"
     )
     return "\n".join([head, *(table.markdown() for table in tables)])
 

@@ -109,3 +109,24 @@ def test_records_are_read_back(tmp_path, program, monkeypatch):
         assert record.train[-1] == {"phase": "online", "step": 1, "tau": 0.5}
     with pytest.raises(FileNotFoundError, match="neither finished runs nor runs.csv"):
         collect.read_records(tmp_path)
+
+
+def test_the_table_of_finished_runs(tmp_path, program, capsys):
+    run = tmp_path / "runs" / "iql" / ENV / "seed_1"
+    finished_run(run, [1, 2], [5, 6])
+    config = {"name": "iql", "env": ENV, "data": "a/b.hdf5", "offline_iterations": 2_000}
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"online_iterations": 10}))
+    scores = {"offline_score": 2.0, "last_four_mean": 7.0, "best": 9.0}
+    (run / "summary.yaml").write_text(yaml.safe_dump(scores))
+    (run / "train.csv").write_text("phase,q_loss,steps_per_second\noffline,1,50\nonline,,90\n")
+    args = ["--csv", tmp_path / "all.csv", "--records", tmp_path / "records"]
+    program("collect", tmp_path / "runs", *args)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"| iql | {ENV} | b.hdf5 | 2,000 | 10 | 1 | 2.0 ± 0.0 | 7.0 ± 0.0 |")
+    assert last.endswith("| 9.0 ± 0.0 | 50 | cached |")
+    with open(tmp_path / "all.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [row["normalized_score"] for row in rows] == ["1", "2"] and rows[0]["seed"] == "1"
+    assert (tmp_path / "records" / "runs.csv").exists()
+    with pytest.raises(SystemExit, match="no finished run"):
+        program("collect", tmp_path / "records")
