@@ -136,7 +136,7 @@ def test_out_and_in_again_gives_the_same_transitions(minari, hopper, tmp_path, c
     same(d4rl.qlearning_dataset(HOPPER, f"minari:{dataset_id}"), before)
     arrays = d4rl.get_dataset(HOPPER, f"minari:{dataset_id}")
     same(arrays, hopper)
-    main(["describe", HOPPER, "--data", f"minari:{dataset_id}", "--png", str(tmp_path / "x.png")])
+    main(["describe", HOPPER, "--data", f"minari:{dataset_id}", "--pictures", str(tmp_path)])
     assert f"{len(hopper['rewards'])} transitions in 5 episodes" in capsys.readouterr().out
 
 

@@ -296,12 +296,12 @@ def test_the_simulator_reproduces_the_file(files, env_id):
 
 @pytest.mark.parametrize("env_id", [UMAZE, PLAY, DIVERSE])
 def test_describe_counts_the_episodes_and_draws_the_maze(files, capsys, tmp_path, env_id):
-    main(["describe", env_id, "--data", str(files[env_id]), "--png", str(tmp_path / "maze.png")])
+    main(["describe", env_id, "--data", str(files[env_id]), "--pictures", str(tmp_path)])
     printed = capsys.readouterr().out
     episodes = -(-4000 // d4rl.task(env_id).max_episode_steps)
     assert printed.startswith(f"{env_id}: 4,000 transitions in {episodes} episodes\n")
     assert "success rate" in printed and "free cells visited" in printed
-    assert (tmp_path / "maze.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (tmp_path / f"{env_id}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_describe_without_the_policy_ends_in_one_line(policies, monkeypatch, tmp_path):
