@@ -310,7 +310,7 @@ def execute(runs: list[Run], progress: Progress, ray, args):
             used = ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0)
             progress.show(min(round(used), len(tasks)))
     except KeyboardInterrupt:
-        print(f"stopping: {len(tasks)} runs save and stop", flush=True)
+        print("stopping: the running ones save a checkpoint", flush=True)
         for ref in tasks:
             ray.cancel(ref)
         ray.wait(list(tasks), num_returns=len(tasks))
