@@ -20,19 +20,13 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 from collect import Record, interval, read_records
+from experiments import ANTMAZE, LOCOMOTION, TASKS
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy.optimize import isotonic_regression
 
 HERE = Path(__file__).parent
 STYLE = HERE / "style.mplstyle"
-LOCOMOTION = [
-    f"{body}-{kind}-v2"
-    for kind in ("medium-expert", "medium-replay", "medium")
-    for body in ("halfcheetah", "hopper", "walker2d")
-]
-ANTMAZE = [f"antmaze-{x}-v2" for x in "medium-diverse medium-play umaze-diverse umaze".split()]
-TASKS = LOCOMOTION + ANTMAZE
 # One colour for a part that is changed, in both groups; baselines are grey and blue.
 PARTS = {
     "n16": ("n = 16", "#44AA99"),
