@@ -8,18 +8,25 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import experiments
 import numpy as np
 from cells import Cell, described
 from collect import Record
 from scipy.stats import trim_mean
 
-KINDS = {"medium-expert": "ME", "medium-replay": "MR", "medium": "M"}
-ROBOTS = {"halfcheetah": "HC", "hopper": "H", "walker2d": "W2D"}
-MAZES = {"medium-diverse": "MD", "medium-play": "MP", "umaze-diverse": "UD", "umaze": "U"}
-LOCOMOTION = {
-    f"{robot}-{kind}-v2": f"{r}-{k}" for kind, k in KINDS.items() for robot, r in ROBOTS.items()
-}
-ANTMAZE = {f"antmaze-{maze}-v2": f"AM-{m}" for maze, m in MAZES.items()}
+NAMES = {"halfcheetah": "HC", "hopper": "H", "walker2d": "W2D", "antmaze": "AM"}
+KINDS = {"medium-expert": "ME", "medium-replay": "MR", "medium": "M", "medium-diverse": "MD",
+         "medium-play": "MP", "umaze-diverse": "UD", "umaze": "U"}  # fmt: skip
+
+
+def abbreviated(task: str) -> str:
+    """A task's name in the paper's tables."""
+    name, kind = task.removesuffix("-v2").split("-", 1)
+    return f"{NAMES[name]}-{KINDS[kind]}"
+
+
+LOCOMOTION = {task: abbreviated(task) for task in experiments.LOCOMOTION}
+ANTMAZE = {task: abbreviated(task) for task in experiments.ANTMAZE}
 TASKS = LOCOMOTION | ANTMAZE
 # Tables 3 and 10 have no medium-expert.
 UTD_TASKS = {task: label for task, label in LOCOMOTION.items() if not label.endswith("ME")}
