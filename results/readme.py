@@ -21,7 +21,7 @@ from tables import baseline, cost, exchange, study
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, DATA = ROOT / "results" / "study", ROOT / "results" / "regenerated.csv"
 # Mean normalized scores of the episodes in D4RL's own files: 100 (mean return - random) / (expert -
-# random), with the mean returns of the -v2 files that Decision Transformer's code reports
+# random), with the mean returns of its files that public code on Decision Transformer lists
 # (halfcheetah 4,770.3, hopper 1,422.1, walker2d 2,852.1) and D4RL's reference scores.
 ORIGINALS = {"halfcheetah-medium-v2": 40.7, "hopper-medium-v2": 44.3, "walker2d-medium-v2": 62.1}
 # The README's short names of columns; the order is that of the table.
