@@ -78,7 +78,7 @@ CLAIMS = [
     Claim("7.3", "DARE-I: mostly M < 70", _I, kind="counts"),
     *above("7.4", "UTD 10: DARE-I above {}", _U, "pex_utd10", "edis_iql_utd10", **_UTD),
     *above("7.4", "UTD 10 does DARE-I no harm: above {}", _U, _I, **_UTD),
-    *above("App. E", "UTD 1, first 0.1M steps or less: DARE-I above {}", _I, "pex", "edis_iql", **_UTD),
+    *above("App. E", "UTD 1, up to 0.1M steps: DARE-I above {}", _I, "pex", "edis_iql", **_UTD),
     *above("7.5", "Gaussian fit above {}", _C, "dare_cql_direct"),
     *above("7.6", "DARE-I above {}", _I, "dare_iql_no_guidance", "dare_iql_no_exchange"),
     *above("App. F", "DARE-C above {}", _C, "dare_cql_no_guidance", "dare_cql_no_exchange", **_L),
