@@ -133,6 +133,7 @@ def make_run(method: str, env: str, seed: int, experiment: Experiment, options: 
     config = experiment.configs.get(script)
     flags = {"config_path": config} if config else {}
     flags |= {"env": env, "seed": seed, **settings, **experiment.settings}
+    flags |= experiment.task_settings.get(env, {})
     flags |= {k: v for k, v in options.items() if k in known}
     return Run(script, flags if method == script else flags | {"name": method})
 

@@ -141,6 +141,15 @@ def test_stages_of_the_study(grid):
         assert "prepare" in name or needs[name] == expected, name
 
 
+def test_settings_of_a_task_hold_for_it_alone_and_for_what_it_shares(grid):
+    runs = grid.plan(["study"], {}, tasks=["umaze", "walker2d"], seeds=[1])
+    trained = [r for r in runs if not r.flags.get("name", "").startswith("prepare_dare")]
+    updates = {(r.flags["env"], r.flags.get("offline_iterations")) for r in trained}
+    assert updates == {("antmaze-umaze-v2", 60_000), ("walker2d-medium-v2", None)}
+    maze = [r for r in trained if "umaze" in r.flags["env"]]
+    assert {r.flags["n_episodes"] for r in maze} == {20} and len(maze) > 5
+
+
 def test_settings_that_cannot_be_shared_are_refused(grid, monkeypatch):
     monkeypatch.setitem(grid.METHODS, "dare_iql", ("dare_iql", {"beta": 7}))
     with pytest.raises(SystemExit, match="no run prepares the offline part .* make them equal"):
