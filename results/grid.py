@@ -22,12 +22,15 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from attempt import ROOT, attempt, last_line
 from experiments import EXPERIMENTS, METHODS, PREPARING, Experiment
 
 # What the data that are hashed for the cache's keys depend on, beside the fields of the key.
 DATA_FIELDS = "data", "regenerated_size"
 REWARD_FIELDS = "normalize_reward", "reward_scale", "reward_bias", "is_sparse_reward", "discount"
+# A run goes on with any value of these.
+FREE_FIELDS = "device compile cuda_graph threads wandb project runs_dir".split()
 
 
 # --- Runs ---
@@ -65,8 +68,19 @@ class Run:
         return max((run.stage + 1 for run in self.needs), default=0)
 
     @property
+    def changed(self) -> list[str]:
+        """Settings of which the run in the directory has other values than this one."""
+        if not (path := self.directory / "config.yaml").exists():
+            return []
+        old, new = yaml.safe_load(path.read_text()), dataclasses.asdict(config_of(self))
+        return [k for k, v in new.items()
+                if k not in FREE_FIELDS and v not in ("auto", old.get(k))]  # fmt: skip
+
+    @property
     def state(self) -> str:
-        """Finished, crashed (its log ends in an error), started or missing."""
+        """Finished, crashed (its log ends in an error), started or missing; or changed."""
+        if self.changed:
+            return "changed"
         if (self.directory / "summary.yaml").exists():
             return "finished"
         if last_line(self.log).startswith("error:"):
@@ -406,6 +420,10 @@ def main():
             print(f"{state:9} {os.path.relpath(run.directory, ROOT)}")
         print(", ".join(f"{n} {state}" for state, n in sorted(Counter(states).items())))
         return
+    for run in runs:
+        if fields := run.changed:
+            sys.exit(f"error: {run.directory} has other settings of {', '.join(fields)}; "
+                     "delete it, or take another --runs_dir")  # fmt: skip
     todo = unfinished(runs)
     if args.dry_run:
         for i, run in enumerate(todo):

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import dataclasses
 import functools
 import importlib
 import os
@@ -170,7 +171,9 @@ def test_states_and_what_is_left_to_do(program, tmp_path):
     ]
     for i in range(2):
         (tmp_path / "iql" / ENV / f"seed_{i}").mkdir(parents=True)
-        (tmp_path / "iql" / ENV / f"seed_{i}" / "config.yaml").touch()
+        settings = config(f"python algorithms/iql.py --env {ENV} --seed {i}")
+        text = yaml.safe_dump(dataclasses.asdict(settings))
+        (tmp_path / "iql" / ENV / f"seed_{i}" / "config.yaml").write_text(text)
     (tmp_path / "iql" / ENV / "seed_1.log").write_text("error: out of luck\n\n")
     *lines, counts = program("list", *args)
     assert counts == "1 crashed, 4 missing, 1 started" and len(lines) == 6
@@ -183,6 +186,11 @@ def test_states_and_what_is_left_to_do(program, tmp_path):
     assert [line.split()[1] for line in lines if line[0] != "#"] == [
         "algorithms/iql.py", "algorithms/iql.py", "algorithms/pex.py"
     ]  # fmt: skip
+    changed = program("list", *args, "--set", "beta=7", "--set", "threads=2")
+    assert [line.split()[0] for line in changed[:4]] == ["missing", "missing", "changed", "changed"]
+    message = f"iql/{ENV}/seed_0 has other settings of beta; delete it, or take another --runs_dir"
+    with pytest.raises(SystemExit, match=message):
+        program("run", *args, "--set", "beta=7", "--dry_run")
 
 
 @pytest.mark.parametrize(

@@ -130,3 +130,50 @@ def test_the_table_of_finished_runs(tmp_path, program, capsys):
     assert (tmp_path / "records" / "runs.csv").exists()
     with pytest.raises(SystemExit, match="no finished run"):
         program("collect", tmp_path / "records")
+
+
+def test_parts_of_a_step_add_up_and_count_their_own_time_alone(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    shares, now = importlib.import_module("shares"), [0.0]
+    monkeypatch.setattr(shares.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds, *inner):
+        def method():
+            now[0] += seconds
+            for call in inner:
+                call()
+
+        return method
+
+    clock = shares.Clock(2, 4)
+    energy = clock.timed("energy", takes(3.0))
+    update = clock.timed("agent's update", takes(5.0, energy, takes(1.0), energy))
+    step = clock.timed("environment", takes(0.5))
+    for _ in range(6):  # of which the third and the fourth count
+        now[0] += 0.25
+        update()
+        step()
+    assert clock.result == {"agent's update": 12, "energy": 12, "environment": 1, "rest": 0.5}
+
+
+def test_shares_of_a_step(tmp_path, program, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    shares = importlib.import_module("shares")
+    more = {"data": DATA, "batch_size": 16, "initial_collection_steps": 20, "diffusion_steps": 2}
+    more |= {"n_support": 2, "behavior_width": 8, "hidden_dim": 16, "energy_hidden": 8}
+    monkeypatch.setattr(shares, "TINY", shares.TINY | more)
+    methods = ["iql", "dare_iql", "dare_iql_resample"]
+    program("shares", "--env", ENV, "--methods", ",".join(methods), "--steps", 110,
+            "--csv", tmp_path / "shares.csv")  # fmt: skip
+    assert capsys.readouterr().out.count("\n") == 5
+    with open(tmp_path / "shares.csv", newline="") as f:
+        rows = {row["method"]: row for row in csv.DictReader(f)}
+    for row in rows.values():
+        parts = {k: float(row[k]) for k in [*shares.PARTS, "rest"]}
+        assert sum(parts.values()) == pytest.approx(float(row["ms per step"]), abs=0.01)
+        assert parts["environment"] > 0 and parts["acting"] > 0 and parts["agent's update"] > 0
+        assert (parts["energy"] > 0) == (row["method"] == "dare_iql")
+        assert (parts["reference actions"] > 0) == (row["method"] != "iql")
+        assert (parts["support actions"] > 0) == (row["method"] != "iql")
+    with pytest.raises(SystemExit, match="no method sac; there are cql, "):
+        program("shares", "--methods", "iql,sac")
