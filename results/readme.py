@@ -1,14 +1,15 @@
-"""Write the README's tables from committed numbers: python results/readme.py [--check]
+"""Write the READMEs' tables from committed numbers: python results/readme.py [--check]
 
-What stands between two marks in README.md is made from results/study (collect.py --records) and
-results/regenerated.csv (python -m d4rl_gymnasium describe ... --csv). With --check nothing is
-written, and text that differs is an error.
+What stands between two marks in README.md and in results/README.md is made from results/study
+(collect.py --records) and results/regenerated.csv (python -m d4rl_gymnasium describe ... --csv).
+With --check nothing is written, and text that differs is an error.
 """
 
 import argparse
 import csv
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from cells import Table
@@ -24,38 +25,45 @@ RECORDS, DATA = ROOT / "results" / "study", ROOT / "results" / "regenerated.csv"
 # random), with the mean returns of its files that public code on Decision Transformer lists
 # (halfcheetah 4,770.3, hopper 1,422.1, walker2d 2,852.1) and D4RL's reference scores.
 ORIGINALS = {"halfcheetah-medium-v2": 40.7, "hopper-medium-v2": 44.3, "walker2d-medium-v2": 62.1}
-# The README's short names of columns; the order is that of the table.
+# The README's names of methods, in the order of its rows.
 METHODS = {
     "iql": "IQL",
     "pex": "PEX",
     "dare_iql": "DARE-I",
     "dare_iv": "DARE-IV",
-    "dare_iql_no_guidance": "no guidance",
-    "dare_iql_no_exchange": "no exchange",
-    "dare_iql_direct": "direct",
-    "dare_iql_separated": "separated",
+    "dare_iql_no_guidance": "DARE-I, no guidance",
+    "dare_iql_no_exchange": "DARE-I, no exchange",
+    "dare_iql_direct": "DARE-I, direct exchange",
+    "dare_iql_separated": "DARE-I, exchange where separated",
+    "dare_iql_resample": "DARE-I, resampled reference",
+    "dare_iql_reference4": "DARE-I, 4 references",
+    "dare_iql_reference16": "DARE-I, 16 references",
     "cal_ql": "Cal-QL",
     "dare_cql": "DARE-C",
 }
 
 
 def scores(runs: dict) -> Table:
-    """Tasks x methods: last-four means, and the score before fine-tuning."""
-    rows = []
-    for task in sorted({task for _, task in runs}):
-        row = {"task": task}
-        for offline in ("iql", "cal_ql"):
-            found = [cut(r, 0) for r in runs.get((offline, task), {}).values()]
-            name = f"{METHODS[offline]}, offline"
-            row[name] = summary([r.offline_score for r in found], sizes_of(found))
-        for method, name in METHODS.items():
+    """Methods x tasks: last-four means, and the score before fine-tuning."""
+    tasks, rows = sorted({task for _, task in runs}), []
+    counts = {len(seeds) for seeds in runs.values()}
+
+    def row(name: str, method: str, measure) -> dict:
+        cells = {"method": name}
+        for task in tasks:
             found = [cut(r) for r in runs.get((method, task), {}).values()]
-            row[name] = summary([r.last_four for r in found], sizes_of(found))
-        rows.append(row)
-    used = [name for name in rows[0] if any(row[name] for row in rows)]
-    rows = [{name: row[name] for name in used} for row in rows]
-    note = "Mean ± population standard deviation of the last-four mean over (n) seeds; the columns "
-    note += "from `no guidance` to `separated` are variants of DARE-I."
+            cells[task] = summary([measure(r) for r in found], sizes_of(found))
+            if cells[task] and len(counts) == 1:
+                cells[task] = replace(cells[task], seeds=None)
+        return cells
+
+    for method, name in METHODS.items():
+        if method in ("iql", "cal_ql"):
+            rows.append(row(f"{name} before fine-tuning", method, lambda r: r.offline_score))
+        rows.append(row(name, method, lambda r: r.last_four))
+    rows = [row for row in rows if any(row[task] for task in tasks)]
+    over = f"{counts.pop()} seeds" if len(counts) == 1 else "(n) seeds"
+    note = f"Mean ± population standard deviation over {over} of the last four evaluations' mean."
     return Table("scores", "Scores after fine-tuning", rows, [note])
 
 
@@ -67,12 +75,9 @@ def tested(table: Table) -> Table:
     return Table(table.name, table.title, rows, table.notes)
 
 
-def section(records: list) -> str:
-    """The section as Markdown."""
+def summary_section(records: list) -> str:
+    """What the README says of the study, as Markdown."""
     runs = by_seed(records)
-    compared = study(runs)[1]
-    compared.rows = [row for row in compared.rows if baseline(row["method"]) != row["method"]]
-    tables = [scores(runs), compared, tested(claims(runs)[0]), *exchange(runs), *cost(runs)]
     commits = sorted({str(r.settings.get("commit", "unknown")) for r in records})
     hardware = sorted({str(r.settings.get("hardware", "unknown")) for r in records})
     torch = sorted({str(r.settings.get("torch", "unknown")) for r in records})
@@ -85,7 +90,19 @@ def section(records: list) -> str:
         f"{', '.join(commits)}; {'; '.join(hardware)}; torch {', '.join(torch)}. "
         "Every evaluation and the command of every run is in [results/study](results/study).\n"
     )
-    return "\n".join([head, *(table.markdown() for table in tables)])
+    return "\n".join([head, scores(runs).markdown(), tested(claims(runs)[0]).markdown()])
+
+
+def study_section(records: list) -> str:
+    """What results/README.md says of the study beside that, as Markdown."""
+    runs = by_seed(records)
+    by_task, compared = study(runs)
+    by_task.rows = [row for row in by_task.rows if row["less baseline"] or row["less DARE"]]
+    for row in by_task.rows:
+        del row["offline score"], row["last-four mean"], row["best"]
+    compared.rows = [row for row in compared.rows if baseline(row["method"]) != row["method"]]
+    tables = [compared, by_task, *exchange(runs), *cost(runs)]
+    return "\n".join(table.markdown() for table in tables)
 
 
 def data_section(rows: list[dict]) -> str:
@@ -112,7 +129,7 @@ def data_section(rows: list[dict]) -> str:
 
 
 def replaced(readme: str, name: str, text: str) -> str:
-    """The README with other text between the marks of this name.
+    """A README with other text between the marks of this name.
 
     Raises:
         ValueError: the marks are missing.
@@ -120,38 +137,55 @@ def replaced(readme: str, name: str, text: str) -> str:
     marks = f"<!-- {name}: python results/readme.py -->", f"<!-- end of {name} -->"
     begin, end = map(readme.find, marks)
     if begin < 0 or end < begin:
-        raise ValueError(f"README.md needs the lines {marks[0]} and {marks[1]}")
+        raise ValueError(f"it needs the lines {marks[0]} and {marks[1]}")
     return readme[: begin + len(marks[0])] + "\n\n" + text + "\n" + readme[end:]
 
 
-def rewritten(readme: str) -> str:
-    """The README with its tables made anew.
+def data_rows() -> list[dict]:
+    """Rows of regenerated.csv."""
+    with open(DATA, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+# What stands between the marks of each file.
+SECTIONS = {
+    "README.md": {
+        "data": lambda: data_section(data_rows()),
+        "results": lambda: summary_section(read_records(RECORDS)),
+    },
+    "results/README.md": {"study": lambda: study_section(read_records(RECORDS))},
+}
+
+
+def rewritten(name: str, text: str) -> str:
+    """The text of a README with its tables made anew.
 
     Raises:
         ValueError, FileNotFoundError: marks, records or the table of data sets are missing.
     """
-    with open(DATA, newline="") as f:
-        readme = replaced(readme, "data", data_section(list(csv.DictReader(f))))
-    return replaced(readme, "results", section(read_records(RECORDS)))
+    for section, make in SECTIONS[name].items():
+        text = replaced(text, section, make())
+    return text
 
 
 def main():
     """Write or check the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if it differs")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if they differ")
     args = parser.parse_args()
-    path = ROOT / "README.md"
-    try:
-        old = path.read_text()
-        new = rewritten(old)
-    except (ValueError, FileNotFoundError) as e:
-        sys.exit(f"error: {e}")
-    if args.check and new != old:
-        sys.exit("error: the README's tables are not those of results/; "
-                 "run python results/readme.py")  # fmt: skip
-    if new != old and not args.check:
-        path.with_suffix(".tmp").write_text(new)
-        os.replace(path.with_suffix(".tmp"), path)
+    for name in SECTIONS:
+        path = ROOT / name
+        try:
+            old = path.read_text()
+            new = rewritten(name, old)
+        except (ValueError, FileNotFoundError) as e:
+            sys.exit(f"error: {name}: {e}")
+        if args.check and new != old:
+            sys.exit(f"error: the tables of {name} are not those of the files; "
+                     "run python results/readme.py")  # fmt: skip
+        if new != old:
+            path.with_suffix(".tmp").write_text(new)
+            os.replace(path.with_suffix(".tmp"), path)
 
 
 if __name__ == "__main__":

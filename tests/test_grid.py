@@ -133,7 +133,7 @@ def test_stages_of_the_study(grid):
     found = {run.flags.get("name", run.script): run for run in runs}
     needs = {k: sorted(x.flags["name"] for x in run.needs) for k, run in found.items()}
     assert needs["pex"] == needs["dare_iql_no_exchange"] == ["prepare_iql"]
-    assert needs["dare_cql"] == ["prepare_cal_ql", "prepare_dare"]
+    assert needs["dare_cql"] == ["prepare_cal_ql", "prepare_dare_cql"]  # of another precision
     assert needs["prepare_dare_resample"] == ["prepare_dare"]
     resample = ["prepare_dare", "prepare_dare_resample", "prepare_iql"]
     assert needs["dare_iql_resample"] == resample and found["dare_iql_resample"].stage == 2
@@ -433,3 +433,12 @@ def check_jobs(tmp_path):
     job = yaml.safe_load((tmp_path / "prepare_iql" / ENV / "seed_0" / "job.yaml").read_text())
     assert job["attempts"] == 1 and 1 < job["seconds"] < 120 and 0.1 < job["peak_memory_gb"] < 2
     assert job["command"].startswith("python algorithms/iql.py --env") and " x " in job["hardware"]
+
+
+@pytest.mark.parametrize("script", ["iql", "pex", "dare_iql", "cal_ql", "dare_cql"])
+def test_the_last_four_evaluations_of_the_study_come_after_updates(grid, script):
+    path = RESULTS.parent / grid.EXPERIMENTS["study"].configs[script]
+    cfg = yaml.safe_load(path.read_text())
+    cfg = {k: int(v) for k, v in cfg.items() if k.endswith(("iterations", "steps", "freq"))}
+    first_of_four = cfg["online_iterations"] - 3 * cfg["eval_freq"]
+    assert cfg["initial_collection_steps"] < first_of_four
