@@ -4,12 +4,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 
-def described(data: str, offline: int, online: int) -> str:
+def described(data: str, offline: int, batch: int, hidden: int, online: int) -> str:
     """Data and sizes as text."""
-    return f"data {data}, {offline:,} offline updates, {online:,} online steps"
+    return (
+        f"data {data}, {offline:,} offline updates, {online:,} online steps, "
+        f"batches of {batch}, layers of {hidden}"
+    )
 
 
-PAPER_SIZES = {until: described("d4rl", 1_000_000, until) for until in (200_000, 100_000, 0)}
+PAPER_SIZES = {n: described("d4rl", 1_000_000, 256, 256, n) for n in (200_000, 100_000, 0)}
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Table:
     rows: list[dict]
     notes: list[str] = field(default_factory=list)
     warning: str = ""
+    until: int | None = None  # online steps of the paper's table
 
     def marks(self) -> dict[str, str]:
         """Footnote mark of each data and sizes; the most frequent go without."""
@@ -60,7 +64,8 @@ class Table:
     def legend(self) -> list[str]:
         """What stands below the table: sizes and data, notes, warnings."""
         lines = [f"{mark[1:] or 'Unmarked'}: {sizes}." for sizes, mark in self.marks().items()]
-        if any(sizes not in PAPER_SIZES.values() for sizes in self.marks()):
+        papers = PAPER_SIZES.values() if self.until is None else [PAPER_SIZES[self.until]]
+        if any(sizes not in papers for sizes in self.marks()):
             lines.append("Not the paper's sizes or data: these numbers compare methods with each "
                          "other, not with published numbers.")  # fmt: skip
         return lines + self.notes + ([f"Warning: {self.warning}"] if self.warning else [])

@@ -20,6 +20,8 @@ import yaml
 COLUMNS = """method, task, data, offline updates, online steps, seeds, offline score,
     last-four mean, 95% interval, best, offline updates/s, online steps/s"""
 COLUMNS = [" ".join(name.split()) for name in COLUMNS.split(",")]
+# Settings that are text whatever they look like: a commit can be 4829103 or 12e4567.
+TEXT = "method", "env", "name", "commit", "command", "hardware", "torch", "numpy"
 # Before the columns of the scripts' eval.csv and train.csv.
 RUN = ["method", "env", "seed"]
 
@@ -73,7 +75,8 @@ def number(text: str):
 def read_rows(path: Path) -> list[dict]:
     """Rows of a CSV file without their empty cells."""
     with open(path, newline="") as f:
-        return [{k: number(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+        return [{k: v if k in TEXT else number(v) for k, v in row.items() if v}
+                for row in csv.DictReader(f)]  # fmt: skip
 
 
 def read_run(directory: Path) -> Record:

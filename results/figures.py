@@ -4,8 +4,8 @@ PATH is a runs directory or a folder of committed records (collect.py --records)
 the directory of one finished DARE run. Every figure whose runs are there is written to --output;
 for every other one a line says what is missing. Curves are means over seeds with a 95% bootstrap
 band, not smoothed; the line at the bottom of each figure says how many seeds, on which data and
-at which sizes. Beyond the paper: `study`, each variant less DARE seed by seed, and `sign`, the
-difference of both halves' mean scores.
+at which sizes. Beyond the paper: `study`, each variant minus DARE seed by seed with t intervals,
+and `sign`, the difference of both halves' mean scores.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import numpy as np
 from collect import Record, interval, read_records
 from experiments import ANTMAZE, LOCOMOTION, TASKS
 from matplotlib.figure import Figure
+from pairs import mean_of_tasks, t_interval
 from PIL import Image
 from scipy.optimize import isotonic_regression
 
@@ -80,6 +81,7 @@ class Plan:
     label: str | None = None  # of main, where not its name
     quantity: str = "score"
     alone: bool = False
+    paired: bool = False  # a forest plot of differences
 
     @property
     def labels(self) -> dict:
@@ -107,6 +109,7 @@ IQL_STUDY = (*IQL_GROUP, "dare_iv", *variants(IQL, "n16", "n32"), *IQL_DIRECT, *
 IQL_STUDY += variants(IQL, *REFERENCES, "separated")
 BOTH, SIGN = (CQL, *variants(CQL, "uncapped")), (CQL, *variants(IQL, "separated"))
 UTD10 = ("pex_utd10", "edis_iql_utd10")
+MINUS = "Last-four mean minus that of"
 FIGURES = {
     "2": Plan("Exchanged pairs, locomotion", IQL, BOTH, LOCOMOTION, None, "exchanged", True),
     "3": Plan("Gaussian or direct exchange, DARE-C", CQL, CQL_DIRECT, TASKS, "Gaussian"),
@@ -119,12 +122,12 @@ FIGURES = {
     "9": Plan("Exchanged pairs", IQL, BOTH, TASKS, None, "exchanged", True),
     "10": Plan("Caps n of DARE-C", CQL, variants(CQL, "n16", "uncapped"), LOCOMOTION, "n = 32"),
     "11": Plan("Caps n of DARE-I", IQL, variants(IQL, "n16", "n32"), LOCOMOTION, "n = ∞"),
-    "12": Plan("Ten updates per environment step", f"{IQL}_utd10", UTD10, LOCOMOTION),
+    "12": Plan("Ten updates per environment step", f"{IQL}_utd10", UTD10, LOCOMOTION[3:]),
     "13": Plan("Ablation of DARE-C, locomotion", CQL, CQL_ABLATION, LOCOMOTION),
     "14": Plan("Ablation of DARE-I, locomotion", IQL, IQL_ABLATION, LOCOMOTION),
     "sign": Plan("Which half scores higher", IQL, SIGN, TASKS, None, "sign", True),
-    "study": Plan("Last-four mean less that of DARE-I, by seed", IQL, IQL_STUDY, TASKS),
-    "study-cql": Plan("Last-four mean less that of DARE-C, by seed", CQL, CQL_STUDY, TASKS),
+    "study": Plan(f"{MINUS} DARE-I, by seed", IQL, IQL_STUDY, TASKS, paired=True),
+    "study-cql": Plan(f"{MINUS} DARE-C, by seed", CQL, CQL_STUDY, TASKS, paired=True),
 }
 
 
@@ -190,45 +193,41 @@ def mean_and_band(records: list[Record], quantity: str, phase: str = "online") -
 
 
 def differences(plan: Plan, panels: dict) -> dict:
-    """Last-four mean of a method less that of plan.main, [seeds], by method and task.
-
-    "all tasks" is the mean over the method's tasks, of the seeds that have all of them.
-    """
+    """Last-four mean of a method less that of plan.main, [seeds], by method and task."""
     found = defaultdict(dict)
     for task, runs in panels.items():
         base = {record.seed: record.last_four for record in runs[plan.main]}
         for method in (m for m in plan.others if m in runs):
             pairs = {r.seed: r.last_four - base[r.seed] for r in runs[method] if r.seed in base}
             if pairs:
-                found[method][task] = pairs
-    for tasks in found.values():
-        seeds = set.intersection(*(set(pairs) for pairs in tasks.values()))
-        if seeds and len(panels) > 1:
-            mean = {s: np.mean([pairs[s] for pairs in tasks.values()]) for s in seeds}
-            tasks["all tasks"] = mean
-    return {m: {t: np.array([p[s] for s in sorted(p)]) for t, p in tasks.items()}
-            for m, tasks in found.items()}  # fmt: skip
+                found[method][task] = np.array(list(pairs.values()))
+    return found
 
 
 def caption(plan: Plan, panels: dict) -> str:
     """What a reader must know of the runs: seeds, data and sizes."""
-    groups, counts = defaultdict(set), []
-    for runs in panels.values():
+    groups, tasks, counts = defaultdict(set), defaultdict(set), []
+    for task, runs in panels.items():
         for method, records in runs.items():
             _, *sizes = size_of(records[0])
             groups[tuple(sizes)].add(plan.labels[method])
+            tasks[tuple(sizes)].add(task.removesuffix("-v2"))
             counts.append(len(records))
     names = {"d4rl": "D4RL's data", "regenerated": "regenerated data"}
     records = [r for runs in panels.values() for group in runs.values() for r in group]
     data = ", ".join(sorted({names.get(size_of(r)[0], size_of(r)[0]) for r in records}))
     seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
     parts = [f"{seeds} seed{'s' if seeds != '1' else ''}", data]
-    for (offline, online, batch), labels in groups.items():
-        who = f"{' and '.join(sorted(labels))}: " if len(groups) > 1 else ""
+    by_task = sum(map(len, tasks.values())) == len(set.union(*tasks.values()))
+    for sizes in groups:  # named by what tells them apart
+        offline, online, batch = sizes
+        who = f"{', '.join(sorted((tasks if by_task else groups)[sizes]))}: "
         parts.append(
-            f"{who}{offline:,} offline updates, {online:,} online steps, batches of\u00a0{batch}"
+            f"{who * (len(groups) > 1)}{offline:,} offline updates, {online:,} online steps, "
+            f"batches of\u00a0{batch}"
         )
-    return f"{plan.title}. Mean and 95% bootstrap interval; {'; '.join(parts)}."
+    interval = "t interval" if plan.paired else "bootstrap interval"
+    return f"{plan.title}. Mean and 95% {interval}; {'; '.join(parts)}."
 
 
 # --- Drawing ---
@@ -345,18 +344,27 @@ def draw_curves(plan: Plan, panels: dict) -> Figure:
 
 
 def draw_study(plan: Plan, panels: dict) -> Figure:
-    """Forest plot: paired differences from plan.main with their intervals, a panel per task."""
+    """Forest plot: paired differences from plan.main with their intervals, a panel per task.
+
+    "all tasks" has the mean over tasks of the methods that are on all of the panels.
+    """
     found = differences(plan, panels)
     if not found:
         raise ValueError(f"no variant has a seed in common with {plan.main}; run the same seeds")
-    tasks = [t for t in (*panels, "all tasks") if any(t in values for values in found.values())]
+    strata = {(m, task): [x] for m, values in found.items() for task, x in values.items()}
+    tasks = [task for task in panels if any(task in values for values in found.values())]
+    if len(tasks) > 1:
+        strata |= {(m, "all tasks"): list(values.values())
+                   for m, values in found.items() if len(values) == len(tasks)}  # fmt: skip
+        tasks += ["all tasks"] * any(task == "all tasks" for _, task in strata)
     figure, axes = grid(len(tasks), height=0.35 + 0.11 * len(found))
     for i, (ax, task) in enumerate(zip(axes, tasks, strict=True)):
         ax.axvline(0, color="0.4", lw=0.6, zorder=1)
-        for row, (method, values) in enumerate(found.items()):
-            if task in values:
-                color, mean = style_of(method)[1], values[task].mean()
-                ax.plot(interval(values[task]), [row, row], color=color, label="_interval")
+        for row, method in enumerate(found):
+            if values := strata.get((method, task)):
+                color, mean = style_of(method)[1], float(mean_of_tasks(values))
+                line = t_interval(values) or (mean, mean)
+                ax.plot(line, [row, row], color=color, label="_interval")
                 ax.plot([mean], [row], "o", ms=3, color=color, label=plan.labels[method])
         ax.set_title(task.removesuffix("-v2"), weight="bold" if task == "all tasks" else None)
         first = i % ax.get_gridspec().ncols == 0
@@ -486,7 +494,7 @@ def draw(name: str, records: list[Record]) -> tuple[Figure | None, str]:
         others = " or ".join(plan.others)
         link = "or" if plan.alone else "and, on the same task,"
         return None, f"not drawn, needs runs of {plan.main} {link} {others}"
-    figure = (draw_study if name.startswith("study") else draw_curves)(plan, panels)
+    figure = (draw_study if plan.paired else draw_curves)(plan, panels)
     absent = [m for m in plan.labels if not any(m in runs for runs in panels.values())]
     tasks = f"{len(panels)} of {len(plan.tasks)} tasks"
     return figure, tasks + (f", without {', '.join(absent)}" if absent else "")

@@ -1,7 +1,8 @@
 """Runs by task and seed, in pairs, and the statistics of tables.py.
 
-Intervals (95%) are percentile bootstraps: the runs of each task are resampled for themselves, the
-tasks are not. Standard deviations are those of the population, as in collect.py.
+Intervals (95%) of means are Student's t intervals, as few runs make percentile bootstraps too
+narrow; those of other statistics are percentile bootstraps. In both the runs of each task stand for
+themselves, the tasks are fixed. Standard deviations are those of the population, as in collect.py.
 """
 
 from collections import defaultdict
@@ -12,7 +13,7 @@ import experiments
 import numpy as np
 from cells import Cell, described
 from collect import Record
-from scipy.stats import trim_mean
+from scipy.stats import t, trim_mean
 
 NAMES = {"halfcheetah": "HC", "hopper": "H", "walker2d": "W2D", "antmaze": "AM"}
 KINDS = {"medium-expert": "ME", "medium-replay": "MR", "medium": "M", "medium-diverse": "MD",
@@ -32,18 +33,26 @@ TASKS = LOCOMOTION | ANTMAZE
 UTD_TASKS = {task: label for task, label in LOCOMOTION.items() if not label.endswith("ME")}
 
 # What config.yaml says of every run and the tables need.
-SETTINGS = "data", "regenerated_size", "offline_iterations", "online_iterations", "batch_size"
+SIZES = "offline_iterations", "online_iterations", "batch_size", "hidden_dim"
+SETTINGS = "data", "regenerated_size", *SIZES
+# The paper's sizes of DARE (App. B.5) and EDIS (Table 6), which tables do not state of their runs.
+FULL_SIZE = {
+    "behavior_iterations": 600_000,
+    "behavior_batch_size": 4096,
+    "energy_hidden": 256,
+    "model_iterations": 50_000,
+}
 
 # --- Runs ---
 
 
-def origin(record: Record) -> tuple[str, int]:
-    """Data and offline updates of a run: what runs must have in common to be paired."""
+def origin(record: Record) -> tuple[str, int, int, int]:
+    """Data, offline updates, batch and layers of a run: what runs need in common to be paired."""
     data = str(record.settings["data"])
     data = data if data.startswith("minari:") else Path(data).name
     if data == "regenerated":
         data += f" ({int(record.settings['regenerated_size']):,} transitions)"
-    return data, int(record.settings["offline_iterations"])
+    return data, *(int(record.settings[k]) for k in SIZES if k != "online_iterations")
 
 
 def cut(record: Record, until: int = 200_000) -> Record:
@@ -57,6 +66,12 @@ def sizes_of(records: list[Record]) -> str:
     """Data and sizes of runs (after cut), each once."""
     found = {described(*origin(r), int(r.settings["online_iterations"])) for r in records}
     return " and ".join(sorted(found))
+
+
+def reduced(record: Record) -> str:
+    """The first of FULL_SIZE's settings that the run has another value of, or ""."""
+    settings = record.settings
+    return next((k for k, v in FULL_SIZE.items() if float(settings.get(k, v)) != v), "")
 
 
 def by_seed(records: list[Record]) -> dict:
@@ -119,11 +134,33 @@ def iqm(strata: list[np.ndarray]) -> np.ndarray:
 
 
 def share_highest(strata: list[np.ndarray]) -> np.ndarray:
-    """Share of strata (..., runs, methods) whose first method has the highest mean, less 1/2."""
-    return np.mean([values.mean(-2).argmax(-1) == 0 for values in strata], 0) - 0.5
+    """Share of strata (..., runs, methods) whose first method has the highest mean, less 1/2.
+
+    A mean that another method has, too, is not the highest.
+    """
+    means = [values.mean(-2) for values in strata]
+    return np.mean([m[..., 0] > m[..., 1:].max(-1) for m in means], 0) - 0.5
 
 
-def bootstrap(strata: list[np.ndarray], statistic=mean_of_tasks, draws: int = 10_000):
+def t_interval(strata: list[np.ndarray]):
+    """Student's t interval, 95%, of mean_of_tasks, with Welch's degrees of freedom.
+
+    None where a stratum has a single run, which tells no spread.
+    """
+    if not strata or min(map(len, strata)) < 2:
+        return None
+    mean = float(mean_of_tasks(strata))
+    variances = np.array([np.var(values, ddof=1) / len(values) for values in strata])
+    if not variances.any():
+        return mean, mean
+    freedom = variances.sum() ** 2 / sum(
+        v**2 / (len(values) - 1) for v, values in zip(variances, strata, strict=True)
+    )
+    half = float(t.ppf(0.975, freedom) * np.sqrt(variances.sum()) / len(strata))
+    return mean - half, mean + half
+
+
+def bootstrap(strata: list[np.ndarray], statistic, draws: int = 10_000):
     """Percentile interval, 95%; None where a stratum has a single run, which tells no spread."""
     if not strata or min(map(len, strata)) < 2:
         return None
@@ -138,5 +175,5 @@ def summary(values, sizes: str, *, signed: bool = False, interval: bool = False,
     if not len(values):
         return None
     std = None if signed else float(values.std())
-    found = bootstrap([values]) if interval else None
+    found = t_interval([values]) if interval else None
     return Cell(float(values.mean()), std, len(values), found, sizes, digits, signed)

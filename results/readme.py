@@ -97,7 +97,7 @@ def study_section(records: list) -> str:
     """What results/README.md says of the study beside that, as Markdown."""
     runs = by_seed(records)
     by_task, compared = study(runs)
-    by_task.rows = [row for row in by_task.rows if row["less baseline"] or row["less DARE"]]
+    by_task.rows = [row for row in by_task.rows if row["minus baseline"] or row["minus DARE"]]
     for row in by_task.rows:
         del row["offline score"], row["last-four mean"], row["best"]
     compared.rows = [row for row in compared.rows if baseline(row["method"]) != row["method"]]

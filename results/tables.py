@@ -33,8 +33,10 @@ from pairs import (
     log,
     matched,
     mean_of_tasks,
+    reduced,
     sizes_of,
     summary,
+    t_interval,
 )
 
 # --- Tables of the paper ---
@@ -161,11 +163,16 @@ def layout_rows(runs: dict, key: str, measure=last_four, numbers: dict | None = 
 
 
 def aggregate_rows(runs: dict, key: str) -> list[dict]:
-    """One row a method: tasks, runs, and the interquartile mean over all of them."""
+    """One row a method: tasks, runs, and the interquartile mean over all of them.
+
+    The tasks are those in which all methods have runs, methods without any aside.
+    """
     layout, rows = LAYOUTS[key], []
+    there = {m for m in layout.methods() if any((m, task) in runs for task in layout.tasks)}
+    common = [task for task in layout.tasks if all((m, task) in runs for m in there)]
     for method, heading in layout.methods().items():
         groups = [[cut(r, layout.until) for r in runs.get((method, task), {}).values()]
-                  for task in layout.tasks]  # fmt: skip
+                  for task in common]  # fmt: skip
         strata = [np.array([r.last_four for r in group]) for group in groups if group]
         row = {"method": heading, "tasks": len(strata), "runs": sum(map(len, strata)), "IQM": None}
         if strata:
@@ -176,10 +183,12 @@ def aggregate_rows(runs: dict, key: str) -> list[dict]:
     return rows
 
 
-def comparable(rows: list[dict], until: int) -> bool:
-    """Whether all cells have the paper's sizes, on D4RL's data."""
-    cells = [c for row in rows for c in row.values() if isinstance(c, Cell)]
-    return all(c.sizes == PAPER_SIZES[until] for c in cells)
+def comparable(runs: dict, layout: Layout) -> bool:
+    """Whether all runs of a table have the paper's sizes, on D4RL's data."""
+    records = [r for (method, task), seeds in runs.items() for r in seeds.values()
+               if method in layout.methods() and task in layout.tasks]  # fmt: skip
+    sizes = {sizes_of([cut(r, layout.until)]) for r in records}
+    return sizes <= {PAPER_SIZES[layout.until]} and not any(map(reduced, records))
 
 
 def paper_tables(runs: dict, key: str, paper: bool = False, anyway: bool = False) -> list[Table]:
@@ -190,11 +199,12 @@ def paper_tables(runs: dict, key: str, paper: bool = False, anyway: bool = False
     """
     layout, name = LAYOUTS[key], f"table{key}"
     rows, warning = layout_rows(runs, key), ""
-    if paper and not comparable(rows, layout.until):
+    if paper and not comparable(runs, layout):
         if not anyway:
             raise ValueError(
-                f"the runs of Table {key} are not {PAPER_SIZES[layout.until]}, so the paper's "
-                "numbers do not belong beside them; leave --paper out, or add --other_sizes"
+                f"the runs of Table {key} are not {PAPER_SIZES[layout.until]}, behavior models "
+                "and EDIS in full; so the paper's numbers do not belong beside them; leave "
+                "--paper out, or add --other_sizes"
             )
         warning = "the paper's numbers are of other sizes or data than these runs."
     if paper:
@@ -205,13 +215,16 @@ def paper_tables(runs: dict, key: str, paper: bool = False, anyway: bool = False
         "Bold: the highest mean of a row in its group, where all have the same data and sizes."
     )
     note = f"Mean ± population standard deviation of the {what} over (n) runs. {sums}"
-    iqm_note = "IQM: mean of the middle half of the runs of all tasks; 95% interval."
+    iqm_note = "IQM: mean of the middle half of the runs of the tasks that all these methods have; "
+    iqm_note += "95% bootstrap interval, too narrow if there are few runs."
     title = f"Table {key}: {layout.title}"
     return [
-        Table(name, f"{title}, {what}", rows, [note], warning),
-        Table(f"{name}_best", f"{title}, best evaluation", layout_rows(runs, key, best), [sums]),
-        Table(f"{name}_iqm", f"{title}, aggregates", aggregate_rows(runs, key), [iqm_note]),
-    ]
+        Table(name, f"{title}, {what}", rows, [note], warning, layout.until),
+        Table(f"{name}_best", f"{title}, best evaluation", layout_rows(runs, key, best), [sums],
+              until=layout.until),
+        Table(f"{name}_iqm", f"{title}, aggregates", aggregate_rows(runs, key), [iqm_note],
+              until=layout.until),
+    ]  # fmt: skip
 
 
 # --- The study ---
@@ -239,7 +252,7 @@ def differences(runs: dict, method: str, other: str | None, task: str, until: in
 
 def study(runs: dict) -> list[Table]:
     """All methods and tasks that there are, with differences, and these over all tasks."""
-    rows, against = [], {"less baseline": baseline, "less DARE": parent}
+    rows, against = [], {"minus baseline": baseline, "minus DARE": parent}
     for method, task in sorted(runs, key=lambda k: (k[1], baseline(k[0]) or "", k[0])):
         found = [cut(record) for record in runs[method, task].values()]
         sizes = sizes_of(found)
@@ -257,18 +270,19 @@ def study(runs: dict) -> list[Table]:
         for heading, other in against.items():
             tasks = [task for name, task in runs if name == method]
             pairs = [differences(runs, method, other(method), task) for task in tasks]
-            row |= {f"{heading}: tasks": None, heading: aggregate(pairs)}
-            row[f"{heading}: tasks"] = sum(len(values) > 0 for values, _ in pairs) or None
+            row[f"tasks ({heading})"] = sum(len(values) > 0 for values, _ in pairs) or None
+            row[heading] = aggregate(pairs)
         totals.append(row)
     note = (
-        "Mean ± population standard deviation (runs); 95% interval over the seeds. The baseline is "
+        "Mean ± population standard deviation (runs); 95% t interval over the seeds. Baseline: "
         "cal_ql or iql; differences are of last-four means, by seed, of runs with the same data "
         "and offline updates, at the smaller number of online steps."
     )
     return [
         Table("study", "Study, by task", rows, [note]),
         Table("study_differences", "Study, differences over all tasks", totals,
-              ["Mean over the tasks (pairs of runs); 95% interval, stratified by task."]),
+              ["Mean over the tasks (pairs of runs) of the differences of last-four means; 95% t "
+               "interval, stratified by task. Tasks and their sizes differ between rows."]),
     ]  # fmt: skip
 
 
@@ -279,7 +293,7 @@ def aggregate(pairs: list[tuple]) -> Cell | None:
         return None
     sizes = " and ".join(sorted({p for _, s in pairs for p in s.split(" and ") if p}))
     mean, count = float(mean_of_tasks(strata)), sum(map(len, strata))
-    return Cell(mean, None, count, bootstrap(strata), sizes, signed=True)
+    return Cell(mean, None, count, t_interval(strata), sizes, signed=True)
 
 
 def cost(runs: dict) -> list[Table]:
@@ -294,14 +308,18 @@ def cost(runs: dict) -> list[Table]:
         sizes, time, memory = sizes_of(found), columns["seconds"], columns["peak_memory_gb"]
         rows.append({
             "method": method,
+            "tasks": len({task for name, task in runs if name == method}),
             "runs": len(found),
             "ms per online step": Cell(float(np.median(ms)), sizes=sizes) if ms else None,
             "processor seconds": Cell(float(np.median(time)), digits=0) if time else None,
             "peak memory, GB": Cell(max(memory), digits=2) if memory else None,
             "hardware": "; ".join(sorted(set(columns["hardware"]))) or None,
         })  # fmt: skip
-    notes = ["Medians over the online log rows with updates and over the runs; the highest peak."]
-    return [Table("cost", "Cost of a run", rows, notes)]
+    notes = ["Medians over the online log rows with updates and over the runs; the highest peak. "
+             "Runs of a grid leave offline agent, behavior model and support actions to others: "
+             "these are costs of fine-tuning and its evaluations. Compare methods of as many "
+             "tasks."]  # fmt: skip
+    return [Table("cost", "Cost of fine-tuning", rows, notes)]
 
 
 def exchange(runs: dict) -> list[Table]:
@@ -320,7 +338,8 @@ def exchange(runs: dict) -> list[Table]:
                 row[name] = summary(means, sizes, digits=1 if name == "M" else 3)
             rows.append(row)
     notes = ["Of the online log rows (means over log_freq steps) of each run: mean ± population "
-             "standard deviation over (n) runs. M: pairs exchanged in an update."]  # fmt: skip
+             "standard deviation over (n) runs. M: exchanged pairs of an update, of as many as "
+             "half a batch."]  # fmt: skip
     return [Table("exchange", "Exchange", rows, notes)]
 
 

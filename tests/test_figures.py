@@ -175,22 +175,42 @@ def test_study_shows_paired_differences(figures, name):
     plan = figures.FIGURES[name]
     records = all_records(figures)
     absent = ("iql", "cql")
-    # These lack seed 0 on one task: "all tasks" is of the seeds that have both.
+    # These lack seed 0 on one task, one variant all of it.
     records = [r for r in records if (r.method in absent, r.env, r.seed) != (True, MAZE, 0)]
+    alone = plan.others[-1]
+    records = [r for r in records if (r.method, r.env) != (alone, MAZE)]
     figure, _ = figures.draw(name, records)
     assert titles_of(figure) == ["hopper-medium", "antmaze-umaze", "all tasks"]
     rows = [t.get_text() for t in figure.axes[0].get_yticklabels()]
     assert rows == [plan.labels[m] for m in plan.others]
     for ax, tasks in zip(figure.axes, ([HOPPER], [MAZE], [HOPPER, MAZE]), strict=True):
-        for method in plan.others:
-            seeds = (1, 3) if method in absent and MAZE in tasks else (0, 1, 3)
-            gap = np.mean([level(method, t, s) - level(plan.main, t, s)
-                           for t in tasks for s in seeds])  # fmt: skip
+        assert (plan.labels[alone] in lines_of(ax)) == (tasks == [HOPPER])
+        for method in plan.others[:-1]:
+            gap = np.mean([np.mean([level(method, t, s) - level(plan.main, t, s) for s in seeds])
+                           for t in tasks
+                           for seeds in [(1, 3) if method in absent and t == MAZE else (0, 1, 3)]
+                           ])  # fmt: skip
             line = lines_of(ax)[plan.labels[method]]
             np.testing.assert_allclose(line.get_xdata(), [gap], atol=1e-12)
             assert list(line.get_ydata()) == [plan.others.index(method)]
     with pytest.raises(ValueError, match="no variant has a seed in common with dare"):
         figures.draw(name, [r for r in records if (r.method == plan.main) == (r.seed == 1)])
+
+
+def test_small_print_names_the_tasks_of_each_size(figures):
+    def text(maze):
+        records = [record(figures, m, HOPPER, s) for m in ("iql", "dare_iql") for s in (0, 1)]
+        records += [
+            record(figures, m, MAZE, s, **maze) for m in ("iql", "dare_iql") for s in (0, 1)
+        ]
+        figure, _ = figures.draw("study", records)
+        return figure.texts[0].get_text().replace("\n", " ").replace("\xa0", " ")
+
+    assert "hopper" not in text({})
+    assert (
+        "hopper-medium: 40 offline updates, 100 online steps, batches of 256; "
+        "antmaze-umaze: 80 offline updates, 100 online steps, batches of 256."
+    ) in text({"offline_iterations": 80.0})
 
 
 def test_main_draws_what_it_can(figures, tmp_path, monkeypatch, capsys):

@@ -111,6 +111,17 @@ def test_records_are_read_back(tmp_path, program, monkeypatch):
         collect.read_records(tmp_path)
 
 
+def test_a_commit_is_text(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    collect = importlib.import_module("collect")
+    rows = [{"phase": "online", "step": 0, "normalized_score": 1.0}]
+    for seed, commit in enumerate(("4829103", "12e4567")):
+        record = collect.Record("iql", ENV, seed, {"commit": commit, "beta": 3.0}, rows, rows)
+        collect.write_records([record], tmp_path / commit)
+        (found,) = collect.read_records(tmp_path / commit)
+        assert found.settings["commit"] == commit and found.settings["beta"] == 3.0
+
+
 def test_the_table_of_finished_runs(tmp_path, program, capsys):
     run = tmp_path / "runs" / "iql" / ENV / "seed_1"
     finished_run(run, [1, 2], [5, 6])

@@ -21,12 +21,15 @@ with pytest.MonkeyPatch.context() as patch:
 HC, H, W = (f"{robot}-medium-v2" for robot in ("halfcheetah", "hopper", "walker2d"))
 PAPER = {"data": "d4rl", "offline_iterations": 1_000_000, "online_iterations": 200_000}
 SMALL = {"data": "regenerated", "offline_iterations": 20_000, "online_iterations": 40_000}
-SIZES = "data regenerated (200,000 transitions), 20,000 offline updates, 40,000 online steps"
+SIZES = "data regenerated (200,000 transitions), 20,000 offline updates, 40,000 online steps, "
+SIZES += "batches of 256, layers of 256"
 
 
 def run(method, env, seed, scores, offline=(), train=(), **settings):
     """A record whose online evaluations lie evenly between step 0 and the last."""
-    settings = SMALL | {"regenerated_size": 200_000, "batch_size": 256} | settings
+    settings = (
+        SMALL | {"regenerated_size": 200_000, "batch_size": 256, "hidden_dim": 256} | settings
+    )
     steps = np.linspace(0, settings["online_iterations"], len(scores))
     rows = [{"phase": "offline", "step": i, "normalized_score": x} for i, x in enumerate(offline)]
     rows += [{"phase": "online", "step": s, "normalized_score": float(x)}
@@ -137,7 +140,7 @@ def test_cell_is_mean_and_population_deviation_of_the_last_four():
     assert (found.mean, found.std, found.seeds) == (4.5, 2.0, 2)
     assert found.text() == "4.5 ± 2.0 (2)" and found.sizes == SIZES
     assert cell(records, "8", "IQL", "H-M").mean == 4.5  # of 0 and 9
-    assert cell(records, "8", "IQL", "H-M").sizes.endswith(" 0 online steps")
+    assert cell(records, "8", "IQL", "H-M").sizes.split(", ")[-3] == "0 online steps"
     assert cell(records, "1", "Base (IQL)", "H-M", measure=pairs.best).mean == (100 + 9) / 2
     assert cell(records, "1", "PEX", "H-M") is None
 
@@ -153,7 +156,7 @@ def test_tables_3_and_10_stop_at_100_000_steps():
     records += [run("pex_utd10", H, 0, scores[:11], **PAPER | {"online_iterations": 100_000})]
     for heading in ("UTD=1 PEX", "UTD=10 PEX"):
         found = cell(records, "10", heading, "H-M")
-        assert found.mean == 8.5 and found.sizes == cells.described("d4rl", 1_000_000, 100_000)
+        assert found.mean == 8.5 and found.sizes == cells.PAPER_SIZES[100_000]
     assert cell(records, "3", "PEX", "H-M").mean == 8.5
     assert cell(records, "1", "PEX", "H-M").mean == 18.5
 
@@ -223,8 +226,31 @@ def test_interval_is_that_of_another_stratified_bootstrap():
         assert found == pytest.approx(tuple(expected.confidence_interval), abs=0.12)
         assert ours(uneven()) == pytest.approx(other(*uneven(), axis=-1))
     one = uneven()[:1]
-    assert pairs.bootstrap(one) == pytest.approx(collect.interval(one[0]))
-    assert pairs.bootstrap([*one, np.ones(1)]) is None and pairs.bootstrap([]) is None
+    assert pairs.bootstrap(one, ours) == pytest.approx(
+        (np.sort(one[0])[1], np.sort(one[0])[3]), abs=3
+    )
+    for strata in ([*one, np.ones(1)], []):
+        assert pairs.bootstrap(strata, ours) is None and pairs.t_interval(strata) is None
+
+
+def test_t_interval():
+    first, second, third = uneven()
+    found = pairs.t_interval([first])
+    low, high = stats.t.interval(0.95, 4, first.mean(), stats.sem(first))
+    assert found == pytest.approx((low, high))
+    welch = stats.ttest_ind(second, -third, equal_var=False).confidence_interval(0.95)
+    found = pairs.t_interval([second, third])  # of the mean of both, half of a difference
+    assert found == pytest.approx((welch.low / 2, welch.high / 2))
+    assert pairs.t_interval([np.ones(3), np.full(2, 5.0)]) == (3, 3)
+
+
+@pytest.mark.parametrize("tasks, seeds", [(1, 2), (1, 5), (5, 5)])
+def test_t_interval_covers_what_it_says(tasks, seeds):
+    """Of normal differences 95% are to be covered; a percentile bootstrap covers 50, 84, 91%."""
+    rng = np.random.default_rng(tasks * seeds)
+    scale = np.linspace(1, 3, tasks)[:, None]
+    found = [pairs.t_interval(list(rng.normal(size=(tasks, seeds)) * scale)) for _ in range(2000)]
+    assert 0.935 < np.mean([low < 0 < high for low, high in found]) < 0.975
 
 
 def test_interquartile_mean_is_rliables():
@@ -241,8 +267,11 @@ def test_interquartile_mean_is_rliables():
     assert pairs.bootstrap(strata, pairs.iqm) == pytest.approx(intervals["a"][:, 0], abs=0.15)
 
 
-def test_aggregates_pool_the_runs_of_all_tasks():
+def test_aggregates_pool_the_runs_of_the_tasks_that_all_methods_have():
     records = flat("iql", H, [0, 1, 2, 3]) + flat("iql", W, [4, 5, 6, 100])
+    more = flat("iql", HC, [7]) + flat("pex", H, [8]) + flat("pex", W, [9])
+    rows = tables.aggregate_rows(pairs.by_seed(records + more), "1")
+    assert [(row["tasks"], row["runs"]) for row in rows[4:6]] == [(2, 8), (2, 2)]
     row = tables.aggregate_rows(pairs.by_seed(records), "1")[4]
     assert (row["method"], row["tasks"], row["runs"]) == ("Base (IQL)", 2, 8)
     assert row["IQM"].mean == (2 + 3 + 4 + 5) / 4
@@ -261,25 +290,27 @@ def test_study_pairs_by_seed_and_cuts_at_the_smaller_number_of_steps():
     records += [run("dare_iql_direct", H, 1, [7, 7], offline_iterations=5)]
     by_task, over_tasks = tables.study(pairs.by_seed(records))
     rows = {row["method"]: row for row in by_task.rows}
-    assert rows["iql"]["less baseline"] is None and rows["dare_iql"]["less DARE"] is None
+    assert rows["iql"]["minus baseline"] is None and rows["dare_iql"]["minus DARE"] is None
     assert rows["iql"]["last-four mean"].mean == 3 and rows["iql"]["best"].mean == 9
-    found = rows["dare_iql"]["less baseline"]
+    found = rows["dare_iql"]["minus baseline"]
     assert (found.mean, found.seeds, found.interval) == (1, 2, (1, 1))
     assert found.text() == "+1.0 (2); +1.0 to +1.0"
     found = rows["dare_iql_n16"]  # 5 against 1 and 2, the means up to step 20,000
-    assert (found["less baseline"].mean, found["less DARE"].mean) == (4, 3)
-    assert found["less DARE"].sizes.endswith(" 20,000 online steps")
-    assert rows["dare_iql_direct"]["less DARE"] is None  # another offline agent
+    assert (found["minus baseline"].mean, found["minus DARE"].mean) == (4, 3)
+    assert found["minus DARE"].sizes.split(", ")[-3] == "20,000 online steps"
+    assert rows["dare_iql_direct"]["minus DARE"] is None  # another offline agent
     total = {row["method"]: row for row in over_tasks.rows}["dare_iql"]
-    assert total["less baseline: tasks"] == 1 and total["less baseline"].mean == 1
+    assert total["tasks (minus baseline)"] == 1 and total["minus baseline"].mean == 1
 
 
 def test_aggregate_difference_weighs_tasks_alike():
     records = flat("cal_ql", H, [0, 0]) + flat("dare_cql", H, [1, 3])
     records += flat("cal_ql", W, [0] * 4) + flat("dare_cql", W, [10] * 4)
     (_, table) = tables.study(pairs.by_seed(records))
-    found = {row["method"]: row for row in table.rows}["dare_cql"]["less baseline"]
-    assert (found.mean, found.seeds, found.interval) == (6, 6, (5.5, 6.5))
+    found = {row["method"]: row for row in table.rows}["dare_cql"]["minus baseline"]
+    assert (found.mean, found.seeds) == (6, 6)
+    half = stats.t.ppf(0.975, 1) * 1 / 2  # of 1 and 3, whose mean has a deviation of 1
+    assert found.interval == pytest.approx((6 - half, 6 + half))
 
 
 @pytest.mark.parametrize(
@@ -303,9 +334,9 @@ def test_cost():
     job = {"seconds": 1234.0, "peak_memory_gb": 0.5, "hardware": "2 cores"}
     records = [run("iql", H, 0, [1], train=train, **job), run("pex", H, 0, [1])]
     first, second = tables.cost(pairs.by_seed(records))[0].rows
-    assert [first[k].text() for k in list(first)[2:5]] == ["15.0", "1,234", "0.50"]
+    assert [first[k].text() for k in list(first)[3:6]] == ["15.0", "1,234", "0.50"]
     assert first["runs"] == 1 and first["hardware"] == "2 cores"
-    assert list(second.values()) == ["pex", 1, None, None, None, None]
+    assert list(second.values()) == ["pex", 1, 1, None, None, None, None]
 
 
 def exchange_rows(values):
@@ -334,8 +365,8 @@ def claim_rows(records):
 
 @pytest.mark.parametrize(
     "gains, expected",
-    [([1, 2, 3], "seen"), ([-3, 1, 2], "not seen"), ([0, 1, 2], "not seen"),
-     ([-1, -2, -3], "opposite seen"),
+    [([2, 2.5, 3], "seen"), ([-3, 1, 2], "not seen"), ([1, 2, 3], "not seen"),
+     ([-2, -2.5, -3], "opposite seen"),
      ([5], "not tested"), ([], "not tested")],
 )  # fmt: skip
 def test_verdicts(gains, expected):
@@ -361,6 +392,9 @@ def test_highest_on_most_tasks():
     for won, expected in ((3, "seen"), (2, "seen"), (1, "opposite seen")):
         row = claim_rows(records(won))["DARE-I highest on most tasks"]
         assert row["verdict"] == expected and row["estimate"].mean == pytest.approx(won / 3 - 0.5)
+    ties = [r for r in records(0) if r.method != "dare_iql"]
+    ties += [r for env in (HC, H, W) for r in flat("dare_iql", env, [5, 6, 7])]
+    assert claim_rows(ties)["DARE-I highest on most tasks"]["verdict"] == "opposite seen"
     lost = [r for r in records(3) if r.method != "pex"]
     assert claim_rows(lost)["DARE-I highest on most tasks"]["verdict"] == "not tested"
 
@@ -369,7 +403,7 @@ def test_claims_on_exchange_counts_go_with_the_batch():
     def verdict(counts, **settings):
         train = exchange_rows([(1, 2, m) for m in counts])
         records = [run("dare_iql", H, s, [1], train=train, **settings) for s in (0, 1)]
-        return claim_rows(records)["DARE-I: mostly M < 70"]["verdict"]
+        return claim_rows(records)["DARE-I: mostly M < 70 of 128"]["verdict"]
 
     assert verdict([69, 69, 100]) == "seen" and verdict([70, 70, 1]) == "opposite seen"
     assert verdict([34, 34, 100], batch_size=128) == "seen"
@@ -377,10 +411,31 @@ def test_claims_on_exchange_counts_go_with_the_batch():
     assert verdict([]) == "not tested"
 
 
+def test_claims_of_totals_and_of_stability():
+    records = flat("cql", H, [10, 30]) + flat("dare_cql", H, [11, 35])
+    records += flat("cql", W, [70, 90]) + flat("dare_cql", W, [84, 100])
+    row = claim_rows(records)["DARE-C: total above cql (paper: 15%)"]
+    assert row["estimate"].mean == pytest.approx(15) and row["tasks"] == 2  # 115 of 100
+    records = [run("dare_cql", H, s, [0, 5, 5, 5, 5]) for s in (0, 1, 2)]
+    records += [run("dare_cql_direct", H, s, [90, 4, 6, 4, 6 + s / 9]) for s in (0, 1, 2)]
+    row = claim_rows(records)["Gaussian fit steadier than dare_cql_direct"]
+    assert row["verdict"] == "seen" and row["estimate"].mean == pytest.approx(1, abs=0.1)
+    records = flat("dare_iql", H, [50, 51, 52, 53]) + flat("dare_iv", H, [0, 100, 0, 100])
+    row = claim_rows(records)["DARE-I varies less over seeds than dare_iv"]
+    assert row["estimate"].mean == pytest.approx(50 - np.std([50, 51, 52, 53]))
+
+
+def test_claims_about_100_000_steps_need_runs_of_that_length():
+    def verdict(steps):
+        records = flat("pex", H, [1, 1], online_iterations=steps)
+        records += flat("dare_iql", H, [2, 2], online_iterations=steps)
+        return claim_rows(records)["UTD 1, 0.1M steps: DARE-I above pex"]["verdict"]
+
+    assert (verdict(99_000), verdict(100_000), verdict(200_000)) == ("not tested", "seen", "seen")
+
+
 def test_claims_name_known_methods():
-    known = {m for layout in tables.LAYOUTS.values() for m in layout.methods()} | {
-        f"dare_{a}_{b}" for a in ("iql", "cql") for b in ("no_guidance", "no_exchange", "direct")
-    }
+    known = set(importlib.import_module("experiments").METHODS)
     assert {m for c in claims.CLAIMS for m in (c.method, *c.others)} <= known
     assert len({c.text for c in claims.CLAIMS}) == len(claims.CLAIMS)
 
@@ -430,15 +485,16 @@ def test_csv_holds_numbers(tmp_path, monkeypatch, capsys):
     assert set(rows["AM-U"].values()) == {"AM-U", ""}
     with open(tmp_path / "out" / "study.csv", newline="") as f:
         rows = [r for r in csv.DictReader(f) if r["method"] == "dare_iql"]
-    assert float(rows[0]["less baseline low"]) == 3.75
-    assert float(rows[0]["less baseline high"]) == 4.0
+    low, high = pairs.t_interval([np.array([4, 3.75])])
+    assert float(rows[0]["minus baseline low"]) == low
+    assert float(rows[0]["minus baseline high"]) == high
 
 
 def test_markdown_files_and_a_runs_directory(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "runs" / "iql" / H / "seed_0"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(
-        yaml.safe_dump(SMALL | {"regenerated_size": 200_000, "batch_size": 64})
+        yaml.safe_dump(SMALL | {"regenerated_size": 1, "batch_size": 64, "hidden_dim": 8})
     )
     (folder / "summary.yaml").write_text("best: 5.0\n")
     (folder / "job.yaml").write_text("seconds: 60.0\n")
@@ -453,7 +509,7 @@ def test_markdown_files_and_a_runs_directory(tmp_path, monkeypatch, capsys):
         f"| {H} | iql | 1.0 ± 0.0 (1) | 5.0 ± 0.0 (1) | 5.0 ± 0.0 (1) |  |  |"
         in (tmp_path / "out" / "study.md").read_text()
     )
-    assert "| iql | 1 |  | 60 |  |  |" in (tmp_path / "out" / "cost.md").read_text()
+    assert "| iql | 1 | 1 |  | 60 |  |  |" in (tmp_path / "out" / "cost.md").read_text()
 
 
 def test_the_papers_numbers_only_beside_the_papers_sizes(tmp_path, monkeypatch, capsys):
@@ -463,7 +519,8 @@ def test_the_papers_numbers_only_beside_the_papers_sizes(tmp_path, monkeypatch, 
     assert "| 81.0 ± 1.0 (2) | 77.5 ± 22.2 | +3.5 |" in out and "Warning" not in out
     assert "|  | 84.3 ± 20.1 |  |" in out  # of PEX, that has no runs
     for other in ({"data": "regenerated"}, {"online_iterations": 20_000},
-                  {"offline_iterations": 10_000}):  # fmt: skip
+                  {"offline_iterations": 10_000}, {"batch_size": 64}, {"hidden_dim": 32},
+                  {"behavior_iterations": 10}, {"model_iterations": 5}):  # fmt: skip
         records = paper_runs + flat("pex", H, [1], **PAPER | other)
         assert "Table 1" in refusal(monkeypatch, capsys, tmp_path, records, *args)
         out = command(monkeypatch, capsys, tmp_path, records, *args, "--other_sizes")
