@@ -846,8 +846,13 @@ def cached(cfg: Config, kind: str, fields: list, data_digest: str):
 # --- Training ---
 
 
-def fastest_precision(device: str) -> str:
-    """Precision that --precision auto stands for: bf16 if its products take less than 3/4."""
+def automatic_precision(cfg: Config, device: str) -> str:
+    """What --precision auto stands for: the precision of the run to go on with, else bf16 if its
+    products take less than 3/4 of the time.
+    """
+    path = Path(cfg.runs_dir, cfg.name, cfg.env, f"seed_{cfg.seed}", "config.yaml")
+    if path.exists():
+        return yaml.safe_load(path.read_text())["precision"]
     times = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, runs = torch.ones(1024, 1024, dtype=dtype, device=device), []
@@ -1023,7 +1028,7 @@ def main(args: list[str] | None = None):
     if cfg.compile and not shutil.which(os.environ.get("CXX", "g++")):
         sys.exit("error: --compile needs a C++ compiler; install g++, set CXX, or leave it out")
     if cfg.precision == "auto":
-        cfg.precision = fastest_precision(device)
+        cfg.precision = automatic_precision(cfg, device)
     try:
         dataset = d4rl.qlearning_dataset(
             cfg.env, data=cfg.data, regenerated_size=cfg.regenerated_size

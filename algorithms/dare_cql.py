@@ -728,7 +728,7 @@ class DARE:
     """What Algorithm 1 adds to the agent: nu_0, the energy f_phi, and the exchange."""
 
     def __init__(self, cfg: Config, run, agent, offline_buffer: ReplayBuffer, online_buffer):
-        self.cfg, self.agent = cfg, agent
+        self.cfg, self.run, self.agent = cfg, run, agent
         self.offline_buffer, self.online_buffer = offline_buffer, online_buffer
         state_dim, action_dim = offline_buffer.dims
         device = offline_buffer.rows.device
@@ -757,8 +757,11 @@ class DARE:
             self.draw_online_support()
         if not self.energy_fitted:
             step = accelerated(self.energy_step, self.cfg, self.agent.device)
-            for _ in progress_bar("energy", 0, self.cfg.energy_iterations):
+            total = self.cfg.energy_iterations
+            on_progress = watch(self.run, "energy", total, "starts it afresh")
+            for i in range(total):
                 step()
+                on_progress(i + 1)
             self.energy_fitted = True
 
     def update(self) -> dict:
@@ -909,20 +912,20 @@ def offline_support(cfg: Config, run, buffer: ReplayBuffer, behavior: BehaviorMo
                     cfg.n_support,
                     cfg.diffusion_steps,
                     generator=generator,
-                    on_progress=watch(run, "support", len(states)),
+                    on_progress=watch(run, "support", len(states), "starts it afresh"),
                 )
             save(path, {"actions": actions})
         return states, load(path)["actions"].to(states.device)
 
 
-def watch(run, name: str, total: int):
-    """Callback for the long computations of diffusion/: a line every tenth; stops at Ctrl-C."""
+def watch(run, name: str, total: int, then: str = "goes on from there"):
+    """Callback for the long computations: a line every tenth; stops at Ctrl-C."""
     shown = 0
 
     def on_progress(done: int, *loss: float):
         nonlocal shown
         if run.stop:
-            sys.exit(f"interrupted in the {name} phase; the same command goes on from there")
+            sys.exit(f"interrupted in the {name} phase; the same command {then}")
         if done == total or done * 10 // total > shown:
             shown = done * 10 // total
             print(f"{name} {done:,} of {total:,}", *(f"loss {x:.4f}" for x in loss), flush=True)
@@ -1204,8 +1207,13 @@ def cached(cfg: Config, kind: str, fields: list, data_digest: str):
 # --- Training ---
 
 
-def fastest_precision(device: str) -> str:
-    """Precision that --precision auto stands for: bf16 if its products take less than 3/4."""
+def automatic_precision(cfg: Config, device: str) -> str:
+    """What --precision auto stands for: the precision of the run to go on with, else bf16 if its
+    products take less than 3/4 of the time.
+    """
+    path = Path(cfg.runs_dir, cfg.name, cfg.env, f"seed_{cfg.seed}", "config.yaml")
+    if path.exists():
+        return yaml.safe_load(path.read_text())["precision"]
     times = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, runs = torch.ones(1024, 1024, dtype=dtype, device=device), []
@@ -1386,7 +1394,7 @@ def main(args: list[str] | None = None):
     if cfg.compile and not shutil.which(os.environ.get("CXX", "g++")):
         sys.exit("error: --compile needs a C++ compiler; install g++, set CXX, or leave it out")
     if cfg.precision == "auto":
-        cfg.precision = fastest_precision(device)
+        cfg.precision = automatic_precision(cfg, device)
     try:
         dataset = d4rl.qlearning_dataset(
             cfg.env, data=cfg.data, regenerated_size=cfg.regenerated_size

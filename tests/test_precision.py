@@ -78,12 +78,22 @@ def test_outputs_of_networks_are_fp32(script):
 
 
 @pytest.mark.parametrize("share, expected", [(0.5, "bf16"), (0.74, "bf16"), (0.76, "fp32")])
-def test_auto_takes_bf16_where_it_is_clearly_faster(monkeypatch, share, expected):
+def test_auto_takes_bf16_where_it_is_clearly_faster(monkeypatch, tmp_path, share, expected):
     # The clock stands still but for the product: 1 s in fp32, `share` of it in bf16.
     durations = itertools.chain([1.0] * 10, [share] * 10)
     clock = itertools.accumulate(x for duration in durations for x in (0.0, duration))
     monkeypatch.setattr(iql.time, "perf_counter", lambda: next(clock))
-    assert iql.fastest_precision("cpu") == expected
+    cfg = iql.Config(env="hopper-medium-v2", runs_dir=str(tmp_path))
+    assert iql.automatic_precision(cfg, "cpu") == expected
+
+
+def test_auto_keeps_the_precision_of_the_run_to_go_on_with(monkeypatch, tmp_path):
+    cfg = iql.Config(env="hopper-medium-v2", runs_dir=str(tmp_path), seed=3)
+    directory = tmp_path / "iql" / "hopper-medium-v2" / "seed_3"
+    directory.mkdir(parents=True)
+    for precision in ("bf16", "fp32"):
+        (directory / "config.yaml").write_text(f"precision: {precision}\n")
+        assert iql.automatic_precision(cfg, "cpu") == precision
 
 
 def test_a_run_in_bf16_has_a_cache_of_its_own(tmp_path, capsys):

@@ -479,11 +479,11 @@ def interrupt(monkeypatch, owner, name, at):
     """Sends SIGINT to this process in the call number `at` of a method."""
     method, calls = getattr(owner, name), []
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         calls.append(None)
         if len(calls) == at:
             signal.raise_signal(signal.SIGINT)
-        return method(*args)
+        return method(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, interrupted)
 
@@ -509,6 +509,20 @@ def test_after_ctrl_c_the_same_command_goes_on(group, interrupted, finished, cap
     assert_same_end(interrupted, finished)
     steps = [[r["step"] for r in rows(p, "train", "online")] for p in (interrupted, finished)]
     assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("phase", ["support", "energy"])
+def test_ctrl_c_before_the_first_exchange(monkeypatch, group, finished, tmp_path, phase):
+    with monkeypatch.context() as patch:
+        if phase == "support":
+            interrupt(patch, group.dare, "draw_support_actions", 1)
+        else:
+            interrupt(patch, group.dare.DARE, "energy_step", 5)
+        message = last_line(tmp_path, group.dare)
+    assert message.endswith(f"interrupted in the {phase} phase; the same command starts it afresh")
+    path = run(tmp_path, group.dare)
+    assert_same_end(path, finished)
+    assert rows_without_rates(path) == rows_without_rates(finished)
 
 
 def test_ctrl_c_during_an_evaluation_saves_the_step_that_it_names(monkeypatch, group, tmp_path):
