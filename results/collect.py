@@ -155,6 +155,17 @@ def write_records(records: list[Record], folder: Path):
         write_table(rows, folder / f"{kind}.csv")
 
 
+def prepared(runs_dir: Path) -> list[dict]:
+    """Cost of the finished runs of grid.py that only fill the cache."""
+    rows = []
+    for path in sorted(runs_dir.glob("prepare_*/*/seed_*/summary.yaml")):
+        name, env, seed = path.parent.parts[-3:]
+        job = yaml.safe_load((path.parent / "job.yaml").read_text())
+        run = {"prepared": name.removeprefix("prepare_"), "env": env}
+        rows.append(run | {"seed": seed.removeprefix("seed_")} | job)
+    return rows
+
+
 def rates(path: Path) -> dict:
     """Median updates per second of each phase of a train.csv (rows without updates left out)."""
     found = defaultdict(list)
@@ -212,6 +223,8 @@ def main():
         write_evaluations(runs_dir, args.csv)
     if args.records:
         write_records(read_records(runs_dir), args.records)
+        if rows := prepared(runs_dir):
+            write_table(rows, args.records / "prepared.csv")
     print(f"| {' | '.join(COLUMNS)} |")
     print("|" + "---|" * len(COLUMNS))
     for (name, env, data, offline, online), runs in sorted(groups.items(), key=lambda g: g[0][1:]):

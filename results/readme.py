@@ -9,12 +9,14 @@ import argparse
 import csv
 import os
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-from cells import Table
+import numpy as np
+from cells import Cell, Table
 from claims import claims
-from collect import read_records
+from collect import read_records, read_rows
 from experiments import EXPERIMENTS
 from pairs import by_seed, cut, sizes_of, summary
 from tables import baseline, cost, exchange, study
@@ -93,6 +95,26 @@ def summary_section(records: list) -> str:
     return "\n".join([head, scores(runs).markdown(), tested(claims(runs)[0]).markdown()])
 
 
+def preparing(rows: list[dict]) -> Table:
+    """What the study's shared parts cost, from prepared.csv."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        groups[row["prepared"]][row["env"]].append(row["seconds"])
+    tasks = sorted({row["env"] for row in rows})
+    cells = {
+        name: {task: Cell(float(np.median(found[task])), seeds=len(found[task]), digits=0)
+               if task in found else None for task in tasks}
+        for name, found in groups.items()
+    }  # fmt: skip
+    note = (
+        "Processor seconds, medians over (n) runs: offline agents of IQL and Cal-QL (one a seed), "
+        "and behavior models with their support actions (one a data set; `dare`: of DARE-I and its "
+        "variants, `dare_resample`: support actions of all states)."
+    )
+    rows = [{"prepared": name} | row for name, row in cells.items()]
+    return Table("prepared", "Cost of what the runs share", rows, [note])
+
+
 def study_section(records: list) -> str:
     """What results/README.md says of the study beside that, as Markdown."""
     runs = by_seed(records)
@@ -102,6 +124,7 @@ def study_section(records: list) -> str:
         del row["offline score"], row["last-four mean"], row["best"]
     compared.rows = [row for row in compared.rows if baseline(row["method"]) != row["method"]]
     tables = [compared, by_task, *exchange(runs), *cost(runs)]
+    tables.append(preparing(read_rows(RECORDS / "prepared.csv")))
     return "\n".join(table.markdown() for table in tables)
 
 

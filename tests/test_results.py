@@ -139,6 +139,15 @@ def test_the_table_of_finished_runs(tmp_path, program, capsys):
         rows = list(csv.DictReader(f))
     assert [row["normalized_score"] for row in rows] == ["1", "2"] and rows[0]["seed"] == "1"
     assert (tmp_path / "records" / "runs.csv").exists()
+    assert not (tmp_path / "records" / "prepared.csv").exists()
+    other = tmp_path / "runs" / "prepare_dare" / ENV / "seed_0"
+    finished_run(other, [1], [5])
+    (other / "job.yaml").write_text(yaml.safe_dump({"seconds": 5.5, "hardware": "2 cores"}))
+    program("collect", tmp_path / "runs", *args)
+    with open(tmp_path / "records" / "prepared.csv", newline="") as f:
+        (row,) = csv.DictReader(f)
+    assert row == {"prepared": "dare", "env": ENV, "seed": "0", "seconds": "5.5",
+                   "hardware": "2 cores"}  # fmt: skip
     with pytest.raises(SystemExit, match="no finished run"):
         program("collect", tmp_path / "records")
 
