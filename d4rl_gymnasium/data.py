@@ -45,7 +45,7 @@ def get_dataset(env_or_id, data="d4rl", regenerated_size=200_000):
 
 
 def qlearning_dataset(
-    env_or_id, data="d4rl", dataset=None, terminate_on_end=False, regenerated_size=200_000
+    env_or_id, dataset=None, terminate_on_end=False, *, data="d4rl", regenerated_size=200_000
 ):
     """The transitions of a data set, bit for bit those of D4RL's function of this name.
 
@@ -56,9 +56,9 @@ def qlearning_dataset(
     Args:
         env_or_id: as in `get_dataset`. Where the data has no timeouts, the episode limit of the
             environment (of the task, given an id) stands in for them.
-        data: as in `get_dataset`.
         dataset: arrays to use in place of `data`, as `get_dataset` returns them.
         terminate_on_end: keep the steps that end by time-out.
+        data: as in `get_dataset`.
         regenerated_size: as in `get_dataset`.
 
     Returns:
@@ -111,12 +111,19 @@ def _load(env_or_id, data, regenerated_size, keys):
     restore(known.env_id)
     if _is_minari(data):
         return _load_minari(known, data)
-    path = dataset_path(known.env_id, data, regenerated_size)
+    try:
+        path = dataset_path(known.env_id, data, regenerated_size)
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:  # a closed folder; ~ of nobody
+        raise DatasetError(
+            f"cannot look for the data {data} ({one_line(error)}): name another path, or set "
+            "D4RL_DATASET_DIR to a folder of yours"
+        ) from error
     if data == "regenerated":
         regenerate(known.env_id, regenerated_size, path)
     elif data == "d4rl":
         _fetch(known, path)
-    elif not path.is_file():
+    elif not is_file:
         raise DatasetError(
             f"{path} is not a file: --data is d4rl, regenerated or the path of an HDF5 file, "
             "or minari:ID"

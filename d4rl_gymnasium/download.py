@@ -42,8 +42,8 @@ def writing(path):
     except OSError as error:
         reason = one_line(error.strerror or error)
         raise DatasetError(
-            f"cannot write {path} ({reason}): free some space there, or set D4RL_DATASET_DIR to "
-            "another folder"
+            f"cannot write {path} ({reason}): make room or get leave to write there, or set "
+            "D4RL_DATASET_DIR to another folder"
         ) from error
 
 
@@ -88,6 +88,8 @@ def download(url, path, *, attempts=5, first_delay=1.0, stall_timeout=30.0):
     """
     path = Path(path)
     part = Path(f"{path}.part")
+    if path.exists():  # finished; its folder may be one where no lock can be made
+        return path
     with exclusive(path):
         if not path.exists():
             print(f"data: downloading {url} to {path}", flush=True)

@@ -8,6 +8,7 @@ The policies here are of the same kind but not the same, and snapshots along the
 for the replay buffer: it is *like* D4RL's data, not it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -59,9 +60,9 @@ def regenerate(env_id, size, path, seed=0, processes=None):
 
     Episodes end by a terminal or by a time-out at the task's limit; the last episode of each
     policy's share is cut to fit and marked as timed out. On AntMaze the ant goes on where it has
-    reached the goal, as in D4RL's files: every step at the goal is rewarded and terminal, and only
-    the time-out ends the episode. There infos/goal is where the ant was led, and
-    infos/rewarded_goal, which D4RL's files lack, the place that the rewards are for. The file's
+    reached the goal: every step at the goal is rewarded and terminal, and only the time-out ends
+    the episode; D4RL's files have far fewer such rows. There infos/goal is where the ant was led,
+    and infos/rewarded_goal, which D4RL's files lack, the place that the rewards are for. The file's
     attributes mark it as regenerated and say how. A seed gives the same arrays with any number of
     processes.
 
@@ -77,18 +78,22 @@ def regenerate(env_id, size, path, seed=0, processes=None):
     """
     policies = _policies_or_error(env_id)
     path = Path(path)
-    with exclusive(path):
-        if path.exists():
+    with contextlib.nullcontext() if path.exists() else exclusive(path):
+        if path.exists():  # finished; its folder may be one where no lock can be made
             print(f"data: regenerated {env_id} from the cache, {path}", flush=True)
             return
         print(f"data: regenerating {size:,} transitions of {env_id} at {path}", flush=True)
         chunks = _plan(policies, size)
         prefix = f"{path.stem}-chunks-"
         for left_by_killed_run in path.parent.glob(f"{prefix}*"):
-            shutil.rmtree(left_by_killed_run)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as folder:
+            shutil.rmtree(left_by_killed_run, ignore_errors=True)  # its workers may still write
+        with writing(path):
+            folder = tempfile.mkdtemp(dir=path.parent, prefix=prefix)
+        try:
             _run_workers(env_id, seed, chunks, folder, processes or os.cpu_count() or 1)
             arrays = _joined(chunks, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
         attributes = {
             "regenerated": True,
             "env_id": env_id,

@@ -231,17 +231,23 @@ def check(env_id, path, limit=20_000, seed=0):
 
 
 def _states(env, dataset):
-    """Positions (N, nq), velocities (N, nv), which rows can be replayed (N,), and their source."""
-    n = len(dataset["rewards"])
-    if {"infos/qpos", "infos/qvel"} <= dataset.keys():
-        return dataset["infos/qpos"], dataset["infos/qvel"], np.ones(n, bool), "infos"
+    """Positions (N, nq), velocities (N, nv), which rows can be replayed (N,), and their source.
+
+    The infos of D4RL's AntMaze files are the states after the steps, and those of its v2 hopper and
+    walker2d files come from observations, whose velocities are clipped. So infos are taken where
+    they are the observations' states, and rows with a velocity at the bound are left out.
+    """
     observations = dataset["observations"].astype(np.float64)
     positions, velocities = np.split(observations, [observations.shape[1] - env.model.nv], axis=1)
-    usable = np.ones(n, bool)
-    if positions.shape[1] == env.model.nq - 1:
-        positions = np.hstack([np.zeros((n, 1)), positions])
-        usable = (np.abs(velocities) < env.max_observed_speed).all(1)
-    return positions, velocities, usable, "observations"
+    hidden = env.model.nq - positions.shape[1]  # x of the planar robots
+    bound = getattr(env, "max_observed_speed", np.inf)
+    if {"infos/qpos", "infos/qvel"} <= dataset.keys():
+        qpos, qvel = dataset["infos/qpos"], dataset["infos/qvel"]
+        seen = np.hstack([qpos[:, hidden:], np.clip(qvel, -bound, bound)])
+        if np.isclose(seen, observations, rtol=TOLERANCE, atol=TOLERANCE).all(1).mean() > 0.5:
+            return qpos, qvel, (np.abs(qvel) != bound).all(1), "infos"
+    positions = np.hstack([np.zeros((len(positions), hidden)), positions])
+    return positions, velocities, (np.abs(velocities) < bound).all(1), "observations"
 
 
 def _error(found, expected):

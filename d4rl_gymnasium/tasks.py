@@ -91,13 +91,14 @@ def substitute(env_id, spec=None, ref_scores=None):
     Args:
         env_id: the task.
         spec: the `gymnasium.envs.registration.EnvSpec` that `gymnasium.make(env_id)` is to make,
-            with its episode limit; None keeps D4RL's environment.
+            with its episode limit (the task's, if it has none); None keeps D4RL's environment.
         ref_scores: the returns that score 0 and 1; None keeps D4RL's.
     """
     restore(env_id)
     if spec is not None:
-        gymnasium.registry[env_id] = dataclasses.replace(spec, id=env_id)
         limit = spec.max_episode_steps or TASKS[env_id].max_episode_steps
+        spec = dataclasses.replace(spec, id=env_id, max_episode_steps=limit)
+        gymnasium.registry[env_id] = spec
         TASKS[env_id] = dataclasses.replace(TASKS[env_id], max_episode_steps=limit)
     if ref_scores is not None:
         low, high = ref_scores

@@ -88,6 +88,14 @@ def read_log(directory):
         return list(csv.DictReader(file))
 
 
+def finished_log(directory):
+    """The rows of a log that has some; else a ValueError."""
+    rows = read_log(directory)
+    if not rows:
+        raise ValueError(f"{directory} has no returns.csv with rows: run train first")
+    return rows
+
+
 def write_log(directory, rows):
     """Writes a run's log of returns, whole or not at all."""
     partial = directory / "returns.partial"
@@ -134,10 +142,12 @@ def remeasure(env, directory, row):
 def store(policy, name):
     """Writes a policy of the package; one that is too large to ship is a ValueError."""
     path = POLICIES / f"{name}.npz"
-    policy.save(path)
-    if path.stat().st_size > LARGEST_FILE:
-        path.unlink()
+    partial = path.with_name(f".{name}.npz")
+    policy.save(partial)
+    if partial.stat().st_size > LARGEST_FILE:
+        partial.unlink()
         raise ValueError(f"{name} takes more than {LARGEST_FILE:,} bytes: train a narrower actor")
+    os.replace(partial, path)
 
 
 def store_ladder(env, directory, rows, name):
@@ -155,11 +165,13 @@ def select(args):
     full-replay-0 to full-replay-7 from there to the end of the training.
     """
     env, directory = gymnasium.make(args.env), Path(args.directory)
-    rows, robot = read_log(directory), args.env.split("-")[0]
+    rows, robot = finished_log(directory), args.env.split("-")[0]
     best = sorted(rows, key=lambda row: -float(row["stochastic_mean"]))[:3]
     expert = max((remeasure(env, directory, row) for row in best), key=lambda p: p.return_mean)
     goal = expert.normalized_score / 3
     earlier = [row for row in rows if int(row["step"]) < expert.env_steps]
+    if not earlier:
+        raise ValueError(f"the best snapshot of {directory} is its first: train longer")
     nearest = sorted(earlier, key=lambda row: abs(float(row["stochastic_normalized"]) - goal))[:3]
     medium = min(
         (remeasure(env, directory, row) for row in nearest),
@@ -201,7 +213,7 @@ def select_ant(args):
     the large maze, led as it is when it collects; `normalized_score` is that share, 0 to 100.
     """
     directory = Path(args.directory)
-    rows = read_log(directory)
+    rows = finished_log(directory)
     half = max(float(row["stochastic_mean"]) for row in rows) / 2
     able = [row for row in rows if float(row["stochastic_mean"]) > half]
     chosen = np.unique(np.linspace(0, len(able) - 1, 8).round().astype(int))

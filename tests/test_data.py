@@ -13,6 +13,7 @@ import gymnasium
 import h5py
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,7 +87,7 @@ def write(tmp_path):
 
 @pytest.mark.parametrize("terminate_on_end", [False, True])
 def test_transitions_are_those_of_d4rl_to_the_last_bit(terminate_on_end):
-    result = d4rl.qlearning_dataset(HOPPER, str(SAMPLE), terminate_on_end=terminate_on_end)
+    result = d4rl.qlearning_dataset(HOPPER, data=str(SAMPLE), terminate_on_end=terminate_on_end)
     assert digests(result) == RECORDED[f"terminate_on_end_{terminate_on_end}"]
 
 
@@ -96,7 +97,7 @@ def test_transitions_without_timeouts_are_those_of_d4rl(tmp_path):
     with h5py.File(path, "a") as file:
         del file["timeouts"]
     env = gymnasium.make(HOPPER, max_episode_steps=30)
-    assert digests(d4rl.qlearning_dataset(env, path)) == RECORDED["no_timeouts_key_30"]
+    assert digests(d4rl.qlearning_dataset(env, data=path)) == RECORDED["no_timeouts_key_30"]
 
 
 def test_a_given_dataset_replaces_the_file():
@@ -220,7 +221,7 @@ def test_a_bad_given_dataset_is_named_so():
 def test_one_row_has_no_transition(write):
     path = write(**random_arrays(1))
     with pytest.raises(d4rl.DatasetError, match="no transition with a next observation"):
-        d4rl.qlearning_dataset(HOPPER, path)
+        d4rl.qlearning_dataset(HOPPER, data=path)
 
 
 def test_an_action_rounded_past_its_bound_is_no_fault(write):
@@ -283,6 +284,28 @@ def test_a_cached_file_needs_no_network(cache, monkeypatch):
     shutil.copy(SAMPLE, d4rl.dataset_path(HOPPER))
     result = d4rl.qlearning_dataset(gymnasium.make(HOPPER))
     assert digests(result) == RECORDED["terminate_on_end_False"]
+
+
+@pytest.mark.parametrize("data", ["d4rl", "regenerated"])
+def test_a_cached_file_needs_no_lock(cache, monkeypatch, data):
+    """Where the folder is another user's, say."""
+    path = d4rl.dataset_path(HOPPER, data)
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(SAMPLE, path)
+    monkeypatch.setattr(FileLock, "acquire", None)
+    assert len(d4rl.get_dataset(HOPPER, data)["rewards"]) == 400
+
+
+def test_a_path_that_cannot_be_looked_at_is_one_clear_error(monkeypatch):
+    with pytest.raises(d4rl.DatasetError, match="cannot look for the data ~nobody-here/x.hdf5"):
+        d4rl.get_dataset(HOPPER, "~nobody-here/x.hdf5")
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", closed)
+    with pytest.raises(d4rl.DatasetError, match="Permission denied.*: name another path, or set"):
+        d4rl.get_dataset(HOPPER, "/closed/x.hdf5")
 
 
 @pytest.mark.parametrize("env_id", [HOPPER, "antmaze-umaze-v2"])

@@ -1,6 +1,7 @@
 """results/figures.py: what is drawn, from synthetic records and from one tiny run."""
 
 import importlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -279,12 +280,12 @@ def test_every_method_has_a_colour_of_its_own_in_each_figure(figures):
 def run(tmp_path_factory):
     """A finished DARE-I run of 60 online steps."""
     folder = tmp_path_factory.mktemp("runs")
-    args = f"""--env {HOPPER} --data {DATA} --wandb disabled --device cpu --hidden_dim 8
+    args = f"""--env {HOPPER} --data '{DATA}' --wandb disabled --device cpu --hidden_dim 8
         --batch_size 32 --offline_iterations 10 --online_iterations 60 --n_episodes 1
         --initial_collection_steps 40 --behavior_iterations 10 --energy_iterations 5
         --behavior_batch_size 16 --behavior_width 8 --energy_hidden 8 --energy_batch_size 8
-        --n_support 2 --n_support_states 30 --diffusion_steps 4 --runs_dir {folder}"""
-    dare_iql.main(args.split())
+        --n_support 2 --n_support_states 30 --diffusion_steps 4 --runs_dir '{folder}'"""
+    dare_iql.main(shlex.split(args))
     return folder / "dare_iql" / HOPPER / "seed_0"
 
 

@@ -28,9 +28,10 @@ DATA = Path(__file__).parent / "data" / "sample_hopper.hdf5"
 ENV = "hopper-medium-v2"
 EXPERIMENTS = [f"table{i}" for i in (1, 2, 3, 8, 9, 10, 11)] + [f"fig{i}" for i in range(1, 15)]
 EXPERIMENTS += ["paper", "study"]
-TINY = f"""data={DATA} wandb=disabled device=cpu hidden_dim=16 batch_size=32 offline_iterations=60
+TINY = """wandb=disabled device=cpu hidden_dim=16 batch_size=32 offline_iterations=60
     online_iterations=200 initial_collection_steps=60 n_episodes=1 eval_freq=100
     offline_eval_freq=50 log_freq=25 checkpoint_freq=50""".split()
+TINY += [f"data={DATA}"]
 TINY_DARE = """behavior_iterations=20 behavior_batch_size=32 behavior_width=8 energy_hidden=8
     energy_iterations=20 energy_batch_size=16 n_support=2 n_support_states=50
     diffusion_steps=2""".split()

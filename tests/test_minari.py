@@ -1,5 +1,6 @@
 """Minari's data sets in and out: the same transitions, their environments, one line for a fault."""
 
+import dataclasses
 import sys
 import warnings
 
@@ -27,7 +28,7 @@ def d4rls_tasks():
 def test_without_the_package_the_error_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "minari", None)
     with pytest.raises(d4rl.DatasetError, match=r"need the package minari.*\[minari\]") as raised:
-        d4rl.qlearning_dataset(HOPPER, "minari:mujoco/hopper/medium-v0")
+        d4rl.qlearning_dataset(HOPPER, data="minari:mujoco/hopper/medium-v0")
     assert "\n" not in str(raised.value)
 
 
@@ -47,6 +48,16 @@ def test_a_task_gets_its_environment_and_scores_back():
     tasks.restore(HOPPER)
     assert d4rl.get_normalized_score(HOPPER, 3234.3) == 1.0
     assert gymnasium.make(HOPPER).spec.max_episode_steps == 1000
+
+
+def test_an_environment_without_an_episode_limit_gets_the_tasks():
+    spec = dataclasses.replace(gymnasium.spec("HalfCheetah-v5"), max_episode_steps=None)
+    tasks.substitute(HOPPER, spec)
+    env = gymnasium.make(HOPPER)
+    env.reset(seed=0)
+    truncated = [env.step(np.zeros(6))[3] for _ in range(1000)]
+    tasks.restore(HOPPER)
+    assert truncated[-1] and sum(truncated) == 1
 
 
 # --- with the package ---
@@ -132,8 +143,8 @@ def test_out_and_in_again_gives_the_same_transitions(minari, hopper, tmp_path, c
     main(["to-minari", HOPPER, "--data", path])
     dataset_id = "d4rl_gymnasium/hopper-medium-mine-v2"
     assert capsys.readouterr().out == f"{dataset_id}: {tmp_path / 'minari' / dataset_id}\n"
-    before = d4rl.qlearning_dataset(HOPPER, path)
-    same(d4rl.qlearning_dataset(HOPPER, f"minari:{dataset_id}"), before)
+    before = d4rl.qlearning_dataset(HOPPER, data=path)
+    same(d4rl.qlearning_dataset(HOPPER, data=f"minari:{dataset_id}"), before)
     arrays = d4rl.get_dataset(HOPPER, f"minari:{dataset_id}")
     same(arrays, hopper)
     main(["describe", HOPPER, "--data", f"minari:{dataset_id}", "--pictures", str(tmp_path)])
@@ -195,9 +206,9 @@ def test_a_file_without_next_observations_loses_steps_at_time_outs_alone(minari,
     lost = int(bare["timeouts"].sum())
     assert lost == 3 and dataset.total_steps == len(bare["rewards"]) - lost
     assert dataset.total_episodes == 4  # one of a single step that ended by time-out
-    after = d4rl.qlearning_dataset(HOPPER, "minari:bare-v0", terminate_on_end=True)
+    after = d4rl.qlearning_dataset(HOPPER, data="minari:bare-v0", terminate_on_end=True)
     # D4RL's function loses the same steps; and the last row, which here is a time-out.
-    before = d4rl.qlearning_dataset(HOPPER, path)
+    before = d4rl.qlearning_dataset(HOPPER, data=path)
     for key in ("observations", "actions", "rewards", "terminals"):
         np.testing.assert_array_equal(after[key], before[key][: len(after[key])])
 
@@ -216,7 +227,9 @@ def test_antmaze_keeps_the_episodes_that_go_on_at_the_goal(minari, tmp_path, cap
     main(["to-minari", MAZE, "--data", path, "--id", "maze-v0"])
     dataset = minari.load_dataset("maze-v0")
     assert [len(episode) for episode in dataset.iterate_episodes()] == [3, 3]
-    same(d4rl.qlearning_dataset(MAZE, "minari:maze-v0"), d4rl.qlearning_dataset(MAZE, path))
+    same(
+        d4rl.qlearning_dataset(MAZE, data="minari:maze-v0"), d4rl.qlearning_dataset(MAZE, data=path)
+    )
 
 
 def test_a_taken_or_malformed_id_and_a_failure_leave_nothing(minari, hopper, monkeypatch, tmp_path):
@@ -241,7 +254,7 @@ def test_a_taken_or_malformed_id_and_a_failure_leave_nothing(minari, hopper, mon
 def test_its_own_environment_and_scores_are_used_and_named(minari, capsys):
     arrays = rollouts("Hopper-v5", [60, 60])
     create(minari, "v5/hopper-v0", arrays, env="Hopper-v5", ref_min_score=10.0, ref_max_score=110.0)
-    d4rl.qlearning_dataset(HOPPER, "minari:v5/hopper-v0")
+    d4rl.qlearning_dataset(HOPPER, data="minari:v5/hopper-v0")
     (line,) = capsys.readouterr().out.splitlines()
     for words in (
         "v5/hopper-v0",
@@ -266,15 +279,15 @@ def test_its_own_environment_and_scores_are_used_and_named(minari, capsys):
 def test_other_data_brings_d4rls_environment_back(minari, hopper, tmp_path):
     arrays = rollouts("Hopper-v5", [60])
     create(minari, "v5/hopper-v0", arrays, env="Hopper-v5", ref_min_score=10.0, ref_max_score=110.0)
-    d4rl.qlearning_dataset(HOPPER, "minari:v5/hopper-v0")
-    d4rl.qlearning_dataset(HOPPER, write(tmp_path / "a.hdf5", hopper))
+    d4rl.qlearning_dataset(HOPPER, data="minari:v5/hopper-v0")
+    d4rl.qlearning_dataset(HOPPER, data=write(tmp_path / "a.hdf5", hopper))
     assert isinstance(gymnasium.make(HOPPER).unwrapped, d4rl.envs.D4RLEnv)
     assert d4rl.get_normalized_score(HOPPER, 3234.3) == 1.0
 
 
 def test_without_environment_and_scores_d4rls_are_used_and_named(minari, hopper, capsys):
     create(minari, "bare-v0", hopper, **spaces(hopper))
-    d4rl.qlearning_dataset(HOPPER, "minari:bare-v0")
+    d4rl.qlearning_dataset(HOPPER, data="minari:bare-v0")
     line = capsys.readouterr().out
     assert f"environment D4RL's {HOPPER}, as the data set names none" in line
     assert "-20.2723 and 3234.3 (D4RL's, as the data set has none)" in line
@@ -351,7 +364,7 @@ def test_a_data_set_that_does_not_serve_is_one_line(minari, hopper, capsys, data
     failing(minari, dataset_id, hopper)
     capsys.readouterr()
     with pytest.raises(d4rl.DatasetError, match=message) as raised:
-        d4rl.qlearning_dataset(HOPPER, f"minari:{dataset_id}")
+        d4rl.qlearning_dataset(HOPPER, data=f"minari:{dataset_id}")
     assert "\n" not in str(raised.value)
     with pytest.raises(SystemExit, match="error: "):
         main(["describe", HOPPER, "--data", f"minari:{dataset_id}"])
@@ -367,7 +380,8 @@ def test_a_script_trains_on_a_data_set_of_minari_unchanged(minari, monkeypatch, 
         f"""--env {HOPPER} --data minari:v5/hopper-v0 --wandb disabled --device cpu --hidden_dim 8
         --batch_size 16 --offline_iterations 20 --online_iterations 40 --eval_freq 20
         --initial_collection_steps 10 --n_episodes 1 --offline_eval_freq 20 --log_freq 20
-        --checkpoint_freq 20 --runs_dir {tmp_path / "runs"}""".split()
+        --checkpoint_freq 20""".split()
+        + ["--runs_dir", str(tmp_path / "runs")]
     )
     assert "data: minari:v5/hopper-v0" in capsys.readouterr().out
     rows = (tmp_path / "runs" / "iql" / HOPPER / "seed_0" / "eval.csv").read_text().splitlines()

@@ -97,11 +97,12 @@ def test_auto_keeps_the_precision_of_the_run_to_go_on_with(monkeypatch, tmp_path
 
 
 def test_a_run_in_bf16_has_a_cache_of_its_own(tmp_path, capsys):
-    args = f"""--env hopper-medium-v2 --data {DATA} --wandb disabled --device cpu --hidden_dim 16
+    args = """--env hopper-medium-v2 --wandb disabled --device cpu --hidden_dim 16
         --batch_size 32 --offline_iterations 20 --online_iterations 40 --n_episodes 1
         --initial_collection_steps 10 --log_freq 10 --behavior_iterations 20 --energy_iterations 5
         --behavior_batch_size 32 --behavior_width 8 --energy_hidden 8 --energy_batch_size 16
-        --n_support 2 --n_support_states 30 --diffusion_steps 2 --runs_dir {tmp_path}""".split()
+        --n_support 2 --n_support_states 30 --diffusion_steps 2""".split()
+    args += ["--data", str(DATA), "--runs_dir", str(tmp_path)]
     for name, precision in [("a", "fp32"), ("b", "bf16")]:
         dare_cql.main([*args, "--name", name, "--precision", precision])
         assert (tmp_path / name / "hopper-medium-v2" / "seed_0" / "summary.yaml").exists()

@@ -145,7 +145,7 @@ def test_a_second_request_is_a_cache_hit_that_says_so(policies, capsys):
     assert path.parent.name == "regenerated"
     assert "regenerating 150 transitions" in capsys.readouterr().out
     stamp = path.stat().st_mtime_ns
-    again = d4rl.qlearning_dataset("hopper-medium-v2", "regenerated", regenerated_size=150)
+    again = d4rl.qlearning_dataset("hopper-medium-v2", data="regenerated", regenerated_size=150)
     assert f"regenerated hopper-medium-v2 from the cache, {path}" in capsys.readouterr().out
     assert path.stat().st_mtime_ns == stamp
     kept = ~first["timeouts"][:-1]

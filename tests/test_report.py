@@ -152,6 +152,22 @@ def test_a_file_without_states_is_replayed_from_its_observations(tmp_path):
     assert found["observations"]["agree"] == found["observations"]["compared"] - 1
 
 
+def test_infos_that_are_not_the_states_before_the_steps(maze_file, tmp_path):
+    """D4RL's AntMaze files have the states after them, its v2 locomotion files clipped ones."""
+    arrays = arrays_of(maze_file)
+    for key in ("infos/qpos", "infos/qvel"):
+        arrays[key] = np.roll(arrays[key], -1, axis=0)
+    found = report.check(MAZE, written(tmp_path / "after.hdf5", arrays))
+    assert (found["states"], found["transitions"]) == ("observations", 60)
+    assert found["observations"]["agree"] == found["observations"]["compared"] > 0
+    arrays = arrays_of(SAMPLE)
+    fast = (np.abs(arrays["infos/qvel"]) > 10).any(1)
+    arrays["infos/qvel"] = np.clip(arrays["infos/qvel"], -10, 10)
+    found = report.check(HOPPER, written(tmp_path / "clipped.hdf5", arrays))
+    assert (found["states"], found["transitions"]) == ("infos", 400 - fast.sum())
+    assert found["rewards"]["agree"] == found["rewards"]["compared"] and 0 < fast.sum() < 100
+
+
 def test_maze_rewards_are_checked_where_the_goals_are_known(maze_file, tmp_path):
     found = report.check(MAZE, maze_file)
     assert found["transitions"] == 60

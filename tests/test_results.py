@@ -3,6 +3,7 @@
 import csv
 import importlib
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -31,12 +32,12 @@ def program(monkeypatch):
 
 @pytest.mark.parametrize("support", [0, 30])
 def test_agreement_of_a_run(tmp_path, program, capsys, monkeypatch, support):
-    args = f"""--env {ENV} --data {DATA} --wandb disabled --device cpu --hidden_dim 8
+    args = f"""--env {ENV} --data '{DATA}' --wandb disabled --device cpu --hidden_dim 8
         --batch_size 32 --offline_iterations 10 --online_iterations 60 --n_episodes 1
         --initial_collection_steps 40 --behavior_iterations 10 --energy_iterations 5
         --behavior_batch_size 16 --behavior_width 8 --energy_hidden 8 --energy_batch_size 8
-        --n_support 2 --n_support_states {support} --diffusion_steps 8 --runs_dir {tmp_path}"""
-    dare_iql.main(args.split())
+        --n_support 2 --n_support_states {support} --diffusion_steps 8 --runs_dir '{tmp_path}'"""
+    dare_iql.main(shlex.split(args))
     run = tmp_path / "dare_iql" / ENV / "seed_0"
     capsys.readouterr()
     program("agreement", run, "--batches", 3)

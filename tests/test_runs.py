@@ -29,9 +29,10 @@ import pex
 
 DATA = Path(__file__).parent / "data" / "sample_hopper.hdf5"
 ENV = "hopper-medium-v2"
-TRUNK = f"""--env {ENV} --data {DATA} --wandb disabled --device cpu --hidden_dim 16 --batch_size 32
+TRUNK = f"""--env {ENV} --wandb disabled --device cpu --hidden_dim 16 --batch_size 32
     --offline_iterations 200 --online_iterations 200 --initial_collection_steps 60 --n_episodes 2
     --eval_freq 100 --offline_eval_freq 100 --log_freq 25 --checkpoint_freq 50""".split()
+TRUNK += ["--data", str(DATA)]
 DARE = """--behavior_iterations 50 --behavior_batch_size 32 --behavior_width 8 --energy_hidden 8
     --energy_iterations 20 --energy_batch_size 16 --n_support 2 --n_support_states 50
     --diffusion_steps 2""".split()

@@ -259,6 +259,15 @@ def test_a_policy_too_large_to_ship_is_refused(tmp_path, monkeypatch):
     weights = {name: rng.standard_normal((1, 1)) for name in
                ("b0", "w1", "b1", "w_mean", "b_mean", "w_log_std", "b_log_std")}  # fmt: skip
     weights["w0"] = rng.standard_normal((400, 400))
+    small = weights | {"w0": np.ones((1, 1))}
+    train_policies.store(BehaviorPolicy(small), "walker2d-expert")
     with pytest.raises(ValueError, match="more than 200,000 bytes"):
         train_policies.store(BehaviorPolicy(weights), "walker2d-expert")
-    assert not list(tmp_path.iterdir())
+    (kept,) = tmp_path.iterdir()
+    assert BehaviorPolicy.load(kept).weights["w0"] == 1
+
+
+def test_selection_without_a_log_says_so(tmp_path):
+    for env in ("walker2d-medium-v2", "goal-reaching-ant-v0"):
+        with pytest.raises(SystemExit, match="has no returns.csv with rows: run train first"):
+            main(["select", "--env", env, "--directory", str(tmp_path)])
