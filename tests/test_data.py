@@ -208,7 +208,7 @@ FAULTS = {
 def test_a_bad_file_is_one_clear_error(write, load, changes, message):
     path = write(**changes)
     with pytest.raises(d4rl.DatasetError, match=message) as raised:
-        load(HOPPER, path)
+        load(HOPPER, data=path)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
 
