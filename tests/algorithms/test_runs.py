@@ -27,7 +27,7 @@ import edis_iql
 import iql
 import pex
 
-DATA = Path(__file__).parent / "data" / "sample_hopper.hdf5"
+DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
 ENV = "hopper-medium-v2"
 TRUNK = f"""--env {ENV} --wandb disabled --device cpu --hidden_dim 16 --batch_size 32
     --offline_iterations 200 --online_iterations 200 --initial_collection_steps 60 --n_episodes 2

@@ -10,7 +10,7 @@ from scipy.stats import ks_2samp, ttest_ind
 
 import d4rl_gymnasium as d4rl
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 MAZES = [env_id for env_id in d4rl.TASKS if env_id.startswith("antmaze")]
 RUNNERS = ["hopper-medium-v2", "walker2d-medium-v2", "halfcheetah-medium-v2"]
 # Chance that a right implementation fails a whole two-sample test; the seeds are fixed anyway.

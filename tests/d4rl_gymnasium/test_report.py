@@ -12,7 +12,7 @@ import d4rl_gymnasium as d4rl
 from d4rl_gymnasium import report
 from d4rl_gymnasium.__main__ import main
 
-SAMPLE = Path(__file__).parent / "data" / "sample_hopper.hdf5"
+SAMPLE = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
 HOPPER, MAZE = "hopper-medium-v2", "antmaze-umaze-v2"
 
 

@@ -12,8 +12,8 @@ import yaml
 
 import dare_iql
 
-RESULTS = Path(__file__).parents[1] / "results"
-DATA = Path(__file__).parent / "data" / "sample_hopper.hdf5"
+RESULTS = Path(__file__).parents[2] / "results"
+DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
 ENV = "hopper-medium-v2"
 
 

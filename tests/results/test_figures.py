@@ -14,8 +14,8 @@ from PIL import Image
 
 import dare_iql
 
-RESULTS = Path(__file__).parents[1] / "results"
-DATA = Path(__file__).parent / "data" / "sample_hopper.hdf5"
+RESULTS = Path(__file__).parents[2] / "results"
+DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
 HOPPER, MAZE = "hopper-medium-v2", "antmaze-umaze-v2"
 STEPS = [0, 50, 100]
 

@@ -21,7 +21,7 @@ import d4rl_gymnasium as d4rl
 from d4rl_gymnasium import data as data_module
 from d4rl_gymnasium.download import DownloadError
 
-SAMPLE = Path(__file__).parent / "data" / "sample_hopper.hdf5"
+SAMPLE = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
 RECORDED = json.loads((SAMPLE.parent / "sample_hopper_qlearning.json").read_text())
 HOPPER = "hopper-medium-v2"
 

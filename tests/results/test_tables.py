@@ -12,7 +12,7 @@ import pytest
 import yaml
 from scipy import stats
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).parents[2] / "results"
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(RESULTS)  # its programs are no package
     cells, claims, collect, pairs, tables = map(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = sorted((REPOSITORY / "algorithms").glob("*.py"))
 NAMES = [path.name for path in SCRIPTS]
 DIFFUSION = sorted((REPOSITORY / "diffusion").glob("*.py"))

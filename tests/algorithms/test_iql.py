@@ -7,7 +7,7 @@ import torch
 
 import iql
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 def recorded(file, prefix):

@@ -17,7 +17,7 @@ import edis_iql
 import iql
 import pex
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 ENVS_OF_THE_PAPER = """
     walker2d-medium-expert-v2 halfcheetah-medium-expert-v2 hopper-medium-expert-v2
     walker2d-medium-replay-v2 halfcheetah-medium-replay-v2 hopper-medium-replay-v2

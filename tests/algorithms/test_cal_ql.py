@@ -13,7 +13,7 @@ import dare_cql
 from cal_ql import Batch
 
 S, A = 11, 3
-FILE = dict(np.load(Path(__file__).parent / "data" / "cal_ql_two_updates.npz"))
+FILE = dict(np.load(Path(__file__).parents[1] / "data" / "cal_ql_two_updates.npz"))
 
 
 # --- CORL's recorded updates ---

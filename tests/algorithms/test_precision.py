@@ -16,7 +16,7 @@ S, A, B = 5, 2, 64
 SCRIPTS = [iql, dare_iql, cal_ql, dare_cql, pex]
 AGENTS = {iql: "ImplicitQLearning", dare_iql: "ImplicitQLearning", cal_ql: "CalQL"}
 AGENTS |= {dare_cql: "CalQL", pex: "ImplicitQLearning"}
-DATA = Path(__file__).parent / "data" / "sample_hopper.hdf5"
+DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
 
 
 def agent_of(script, precision):

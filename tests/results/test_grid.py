@@ -22,9 +22,9 @@ import yaml
 
 import iql
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "results"
-DATA = Path(__file__).parent / "data" / "sample_hopper.hdf5"
+DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
 ENV = "hopper-medium-v2"
 EXPERIMENTS = [f"table{i}" for i in (1, 2, 3, 8, 9, 10, 11)] + [f"fig{i}" for i in range(1, 15)]
 EXPERIMENTS += ["paper", "study"]
