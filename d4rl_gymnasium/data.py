@@ -223,6 +223,19 @@ def _check_values(arrays, source):
             )
 
 
+def episode_starts(dataset):
+    """First rows of the episodes of a `qlearning_dataset`, in order, (E,).
+
+    An episode begins after a terminal and where an observation is not the next observation of the
+    row before.
+    """
+    observations, following = dataset["observations"], dataset["next_observations"]
+    first = np.ones(len(observations), bool)
+    joined = (observations[1:] == following[:-1]).all(1)
+    first[1:] = dataset["terminals"][:-1].astype(bool) | ~joined
+    return np.flatnonzero(first)
+
+
 def timeouts_of(dataset, limit):
     """The timeouts of arrays of `get_dataset`, (N,) bool; a limit in steps stands in for them."""
     if "timeouts" in dataset:

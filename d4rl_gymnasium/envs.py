@@ -188,3 +188,36 @@ def set_env_state(env, state):
     base.action_space.np_random.bit_generator.state = state["action_space_np_random"]
     for (wrapper, name), value in zip(wrappers, state["wrappers"], strict=True):
         setattr(wrapper, name, value)
+
+
+class ResumableEnv(gymnasium.Wrapper):
+    """An environment that a checkpoint can hold: it continues bit for bit from its `state_dict`.
+
+    `last_observation` is what the last reset or step gave: the observation to act on next. The
+    environment is one that `get_env_state` can save. Make it the outermost wrapper.
+    """
+
+    last_observation = None
+
+    def reset(self, **kwargs):
+        """Start an episode; see `gymnasium.Env.reset`."""
+        self.last_observation, info = self.env.reset(**kwargs)
+        return self.last_observation, info
+
+    def step(self, action):
+        """Act once; see `gymnasium.Env.step`."""
+        self.last_observation, *rest = self.env.step(action)
+        return self.last_observation, *rest
+
+    def state_dict(self):
+        """Return the state as plain Python values, once the environment has been reset."""
+        return {
+            "env": get_env_state(self.env),
+            "last_observation": np.asarray(self.last_observation).tolist(),
+        }
+
+    def load_state_dict(self, state):
+        """Go on from a state of `state_dict`; a ValueError where it is one of another task."""
+        set_env_state(self.env, state["env"])
+        dtype = self.observation_space.dtype
+        self.last_observation = np.array(state["last_observation"], dtype)

@@ -47,11 +47,11 @@ _substituted = set()
 
 
 def task(env_id):
-    """Returns the `Task` of `env_id`; an unknown id is a ValueError with the nearest names."""
+    """Returns the `Task` of `env_id`; an unknown id is a ValueError with the nearest ids."""
     if env_id in TASKS:
         return TASKS[env_id]
-    nearest = difflib.get_close_matches(str(env_id), TASKS, n=3, cutoff=0.3) or sorted(TASKS)
-    raise ValueError(f"unknown task {env_id!r}; the nearest known names: {', '.join(nearest)}")
+    nearest = difflib.get_close_matches(str(env_id), TASKS, n=3, cutoff=0)
+    raise ValueError(f"unknown env {env_id!r}; the nearest are {', '.join(nearest)}")
 
 
 def get_normalized_score(env_id, returns):

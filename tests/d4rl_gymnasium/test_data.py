@@ -135,6 +135,15 @@ def test_an_id_has_the_episode_limit_of_its_task():
     np.testing.assert_array_equal(rewards, np.delete(arrays["rewards"], [999, 1999, 2499]))
 
 
+def test_episodes_start_behind_a_terminal_and_where_observations_do_not_join():
+    observations = np.arange(7.0)[:, None] * np.ones(2)
+    following = observations + 1
+    following[4, 1] = 0  # only one number differs
+    terminals = np.array([0, 1, 0, 0, 0, 0, 1], np.float32)
+    dataset = {"observations": observations, "next_observations": following, "terminals": terminals}
+    assert d4rl.episode_starts(dataset).tolist() == [0, 2, 5]
+
+
 def test_a_large_dataset_takes_no_loop_over_rows():
     arrays = random_arrays(300_000)
     before = time.process_time()

@@ -206,6 +206,30 @@ def test_state_errors():
         d4rl.get_env_state(normalized)
 
 
+@pytest.mark.parametrize("env_id", ["hopper-medium-v2", "antmaze-umaze-v2"])
+def test_a_resumable_environment_goes_on_from_its_state(env_id):
+    env = d4rl.ResumableEnv(gymnasium.make(env_id))
+    observation, _ = env.reset(seed=3)
+    np.testing.assert_array_equal(env.last_observation, observation)
+    actions = random_actions(env, 60)
+    continue_with(env, actions[:25])
+    buffer = io.BytesIO()
+    torch.save(env.state_dict(), buffer)
+    last = env.last_observation
+    goes_on = continue_with(env, actions[25:])
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+
+    other = d4rl.ResumableEnv(gymnasium.make(env_id))
+    other.load_state_dict(state)
+    np.testing.assert_array_equal(other.last_observation, last)
+    assert other.last_observation.dtype == last.dtype
+    np.testing.assert_array_equal(continue_with(other, actions[25:]), goes_on)
+    np.testing.assert_array_equal(other.last_observation, env.last_observation)
+    with pytest.raises(ValueError, match="the state is one of"):
+        d4rl.ResumableEnv(gymnasium.make("walker2d-medium-v2")).load_state_dict(state)
+
+
 def test_normalized_scores():
     # D4RL's published reference returns: hopper -20.272305 and 3234.3, AntMaze 0 and 1.
     assert d4rl.get_normalized_score("hopper-medium-v2", 3234.3) == 1.0
@@ -221,7 +245,7 @@ def test_normalized_scores():
 def test_unknown_task_names_the_nearest():
     with pytest.raises(ValueError, match="hoper-medium-v2.*hopper-medium-v2"):
         d4rl.task("hoper-medium-v2")
-    with pytest.raises(ValueError, match="nearest"):
+    with pytest.raises(ValueError, match=r"unknown env 'zzz'; the nearest are [^,]+-v2, [^,]+, "):
         d4rl.get_normalized_score("zzz", 1.0)
 
 
