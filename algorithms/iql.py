@@ -114,9 +114,9 @@ CHOICES = {
 AT_LEAST_1 = ("eval_freq", "offline_eval_freq", "n_episodes", "initial_collection_steps", "utd")
 AT_LEAST_1 += ("log_freq", "checkpoint_freq", "threads", "batch_size", "hidden_dim", "n_hidden")
 AT_MOST_1 = ("mixing_ratio", "discount", "tau", "iql_tau")
-# What --load_model must agree with
 OFFLINE_FIELDS = ("env", "data", "regenerated_size", "discount", "beta", "iql_tau")
-OFFLINE_FIELDS += ("normalize_reward", "hidden_dim", "n_hidden")
+OFFLINE_FIELDS += ("normalize_reward", "hidden_dim", "n_hidden")  # --load_model must agree with
+PANELS = {"q": "mean target Q"}  # columns of train.csv that curve.png shows below the score
 
 
 def soft_update(target: nn.Module, source: nn.Module, tau: float):
@@ -394,7 +394,6 @@ class ImplicitQLearning:
 # Settings that may change when a run goes on
 FREE = ("device", "threads", "compile", "cuda_graph", "online_iterations", "runs_dir", "name")
 FREE += ("project", "wandb")
-PANELS = {"q": "mean target Q"}  # columns of train.csv that curve.png shows below the score
 
 
 class Run:
@@ -419,8 +418,8 @@ class Run:
                 sys.exit(f"error: {self.dir} is finished: take another --seed or --name")
         self.rows = self.checkpoint["rows"]  # of eval.csv and train.csv
         self.sums, self.n_sums = self.checkpoint["sums"], self.checkpoint["n_sums"]
-        self.n_steps, self.clock = 0, time.perf_counter()  # since the last row of train.csv
-        self.last_save = self.clock
+        self.n_steps = 0  # since the last row of train.csv
+        self.clock = self.last_save = time.perf_counter()
 
     def wandb_init(self) -> wandb.Run:
         """Write config.yaml and start logging to wandb."""
@@ -468,8 +467,7 @@ class Run:
         start = time.perf_counter()
         if step % (config.eval_freq if phase == "online" else config.offline_eval_freq) == 0:
             evaluate(phase, step)
-        ten_minutes_old = start - self.last_save > 600.0
-        if step % config.checkpoint_freq == 0 or step == last or ten_minutes_old:
+        if step % config.checkpoint_freq == 0 or step == last or start - self.last_save > 600:
             self.save(phase, step, parts)
         self.clock += time.perf_counter() - start
 
@@ -478,12 +476,11 @@ class Run:
         groups = parts["trainer"].optimizer.param_groups
         if not all(p.isfinite().all() for group in groups for p in group["params"]):
             raise FloatingPointError(f"a weight is not finite at {phase} step {step}")
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"settings": self.settings, "phase": phase, "step": step, "rows": self.rows}
+        cuda_rng = torch.cuda.get_rng_state() if self.config.device == "cuda" else None
+        state = {"settings": self.settings, "phase": phase, "step": step, "rows": self.rows}
         state |= {"sums": self.sums, "n_sums": self.n_sums, "wandb": self.wandb.id}
-        state |= {"rng": torch.get_rng_state()}
-        if self.config.device == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state()
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
+        state |= {name: part.state_dict() for name, part in parts.items()}
         save(self.dir / "checkpoint.pt", state)
         self.last_save = time.perf_counter()
 
@@ -495,7 +492,7 @@ class Run:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
-        if self.config.device == "cuda" and "cuda_rng" in state:
+        if self.config.device == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
         print(f"going on with {self.dir} from {phase} step {state['step']:,}", flush=True)
         return state["step"]
@@ -525,11 +522,10 @@ def load_offline_agent(config: TrainConfig) -> dict:
 
 
 def accelerate(update, config: TrainConfig):
-    """An update without arguments: its products in config.precision, compiled, or as a CUDA graph.
+    """An update without arguments, in config.precision, compiled, or as a CUDA graph.
 
-    For a graph the first three calls warm up, the fourth records, the others replay: what the
-    update changes must be tensors that stay where they are, and the next call overwrites its
-    results.
+    For a graph the first three calls warm up, the fourth records, the others replay: all that the
+    update changes are tensors that stay where they are, and the next call overwrites its results.
     """
     if config.compile:
         update = torch.compile(update)
@@ -564,9 +560,8 @@ def accelerate(update, config: TrainConfig):
 def train(config: TrainConfig):
     """Train offline, or take the agent of --load_model; then fine-tune online."""
     torch.set_num_threads(config.threads)
-    dataset = d4rl.qlearning_dataset(
-        config.env, data=config.data, regenerated_size=config.regenerated_size
-    )
+    source = {"data": config.data, "regenerated_size": config.regenerated_size}
+    dataset = d4rl.qlearning_dataset(config.env, **source)
     reward_scale, reward_shift = modify_reward(dataset, config)
     dims = dataset["observations"].shape[1], dataset["actions"].shape[1]
     offline_buffer = ReplayBuffer(*dims, len(dataset["rewards"]), config.device)
@@ -584,7 +579,7 @@ def train(config: TrainConfig):
             returns = eval_actor(eval_envs, trainer, config.n_episodes, config.eval_seed)
             score = 100 * d4rl.get_normalized_score(config.env, returns.mean())
             row = {"return_mean": returns.mean(), "return_std": returns.std()}
-            row |= {"d4rl_normalized_score": score}
+            row["d4rl_normalized_score"] = score
             if d4rl.task(config.env).family == "antmaze":
                 row["success_rate"] = (returns > 0).mean()
             run.log("eval", phase, step, {name: float(x) for name, x in row.items()})
@@ -597,9 +592,8 @@ def train(config: TrainConfig):
         elif run.checkpoint["phase"] == "offline":
             parts, last = {"trainer": trainer}, config.offline_iterations
             start = run.restore("offline", parts) or 0
-            update = accelerate(
-                lambda: trainer.train(offline_buffer.sample(config.batch_size)), config
-            )
+            size = config.batch_size
+            update = accelerate(lambda: trainer.train(offline_buffer.sample(size)), config)
             for step in tqdm(range(start, last), "offline", last, initial=start, disable=None):
                 run.add(update())
                 run.after_step("offline", step + 1, last, parts, evaluate)
@@ -607,28 +601,28 @@ def train(config: TrainConfig):
             save(run.dir / "offline.pt", {"trainer": trainer.state_dict(), "settings": settings})
 
         # Online: one environment step, then `utd` updates on half offline, half online data.
+        torch.manual_seed(config.seed)
+        trainer.start_online()
+        env.reset(seed=config.seed)
+        parts = {"trainer": trainer, "online_buffer": online_buffer, "env": env}
+
         def online_update() -> dict[str, torch.Tensor]:
             offline_batch = offline_buffer.sample(config.n_offline)
             online_batch = online_buffer.sample(config.batch_size - config.n_offline)
             batch = map(torch.cat, zip(offline_batch, online_batch, strict=True))
             return trainer.train(TensorBatch(*batch))
 
-        torch.manual_seed(config.seed)
-        trainer.start_online()
-        state, _ = env.reset(seed=config.seed)
-        parts = {"trainer": trainer, "online_buffer": online_buffer, "env": env}
+        update = accelerate(online_update, config)
         start, last = run.restore("online", parts), config.online_iterations
         if start is None:
             evaluate("online", 0)
             run.save("online", 0, parts)
-        update = accelerate(online_update, config)
         for step in tqdm(range(start or 0, last), "online", last, initial=start or 0, disable=None):
-            action = trainer.act(env.last_observation[None])[0]
-            # Before env.step, which then runs while a GPU is at work on the updates.
-            if step >= config.initial_collection_steps:
-                for _ in range(config.utd):
-                    run.add(update())
             state = env.last_observation
+            action = trainer.act(state[None])[0]
+            # Before env.step, which then runs while a GPU is at work on the updates.
+            for _ in range(config.utd if step >= config.initial_collection_steps else 0):
+                run.add(update())
             next_state, reward, terminated, truncated, _ = env.step(action)
             reward = reward * reward_scale + reward_shift
             online_buffer.add_transition(state, action, reward, next_state, terminated)
@@ -636,10 +630,8 @@ def train(config: TrainConfig):
                 env.reset()
             run.after_step("online", step + 1, last, parts, evaluate)
         scores = [r["d4rl_normalized_score"] for r in run.rows["eval"] if r["phase"] == "online"]
-        last_four = np.mean(scores[1:][-4:] or scores)
-        print(f"{config.name} on {config.env}, seed {config.seed}: offline score {scores[0]:.1f}, "
-              f"mean of the last four evaluations {last_four:.1f}\n"
-              f"curve: {run.dir / 'curve.png'}")  # fmt: skip
+        print(f"score before fine-tuning {scores[0]:.1f}, mean of the last four evaluations "
+              f"{np.mean(scores[-4:]):.1f}\ncurve: {run.dir / 'curve.png'}")  # fmt: skip
 
 
 def main(args: list[str] | None = None):

@@ -20,20 +20,18 @@ def sample_actions(
     steps: int = 10,
     max_action: float | None = 1.0,
     generator: torch.Generator | None = None,
-    noise_prediction: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Draw actions [B, n_samples, A] for states [B, S], from nu_0, or from pi_0 when guided.
 
     The guided score is grad log nu_t + guidance_scale * grad f_phi (Eq. 6). Actions lie within
     [-max_action, max_action], the bounds of the data (None: no bounds). Keeps no autograd graph and
     computes no gradient of parameters. Under `torch.autocast` only the networks change type.
-    `noise_prediction` may be `torch.compile(guided_noise)`.
     """
     shape = (len(states), n_samples, behavior.action_dim)
     noise = torch.randn(shape, device=states.device, dtype=states.dtype, generator=generator)
     networks = [behavior] if energy is None or guidance_scale == 0 else [behavior, energy]
     embedded = [network.embed_states(states)[:, None] for network in networks]
-    predict = partial(noise_prediction or guided_noise, networks, embedded, guidance_scale)
+    predict = partial(guided_noise, networks, embedded, guidance_scale)
     actions = solve(predict, noise, steps, max_action)
     return actions if max_action is None else actions.clamp(-max_action, max_action)
 

@@ -1,17 +1,21 @@
 """Losses of the two networks, and the loop that fits the behavior model to a dataset."""
 
 import os
-import pickle
+import time
 from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
+from d4rl_gymnasium.files import load, save
 from diffusion.networks import BehaviorModel, EnergyModel
 from diffusion.process import T_MAX, T_MIN, perturb
 
 REPORT_EVERY = 1_000  # updates between looks at the loss, each of which waits for the device
+SAVE_SECONDS = 300.0  # age at which a report saves the training again
 
 
 def _perturbed(actions: Tensor, t_shape: tuple[int, ...], generator: Generator | None):
@@ -61,105 +65,89 @@ def train_behavior(
     seed: int = 0,
     path: str | os.PathLike | None = None,
     on_progress: Callable[[int, float], None] | None = None,
-    checkpoint_every: int = 10_000,
-    accelerate: Callable[..., Callable] | None = None,
+    accelerate: Callable[[Callable], Callable] | None = None,
 ) -> float:
     """Fit nu_0 to states [N, S], actions [N, A] on the model's device; return the last mean loss.
 
     The defaults are App. B.5's. `on_progress(updates_done, mean_loss)` is called every 1,000
-    updates and at the end, with the mean since the last call; it may raise to stop. With `path`,
-    the training is kept in `path` + ".partial", and a call that finds the file goes on from it; the
-    file stays at the end, for the caller to remove once the model is stored.
-    `accelerate(update, generator=...)` gives what is called instead of `update()`, a function that
-    changes nothing but tensors in place: the same under autocast or as a CUDA graph, say.
+    updates and at the end, with the mean since the last call. With `path`, the training is kept in
+    `path` + ".partial", at most five minutes old, and a call that finds the file goes on from it;
+    the file stays at the end, for the caller to remove once the model is stored.
+    `accelerate(update)` returns what is called instead of `update()`, a function that changes
+    nothing but tensors in place: the same under autocast or as a CUDA graph, say.
 
-    Raises FloatingPointError when the loss is not finite, ValueError when the partial file cannot
-    be read or holds another training.
+    Raises FloatingPointError when the loss is not finite, DamagedFileError when the partial file is
+    damaged, ValueError when it holds another training.
     """
     settings = [len(states), batch_size, learning_rate, seed]
-    training = _Training(model, states, actions, settings, path)
-    update = training.update
-    if accelerate is not None:
-        update = accelerate(update, generator=training.generator)
-    while training.step < updates:
-        update()
-        training.step += 1
-        training.n_summed += 1
-        finished = training.step == updates
-        if finished or training.step % REPORT_EVERY == 0:
-            training.report(on_progress)
-        if finished or training.step % checkpoint_every == 0:
-            training.save()
-    return training.mean_loss
+    optimizer = torch.optim.Adam(model.parameters(), learning_rate, fused=True, capturable=True)
+    loss_sum = torch.zeros((), device=states.device)
+    partial = None if path is None else Path(f"{os.fspath(path)}.partial")
 
-
-class _Training:
-    """State of `train_behavior`: all that going on exactly needs."""
-
-    COUNTERS = ("step", "n_summed", "mean_loss", "loss_sum")
-
-    def __init__(self, model, states, actions, settings, path):
-        self.model, self.states, self.actions, self.settings = model, states, actions, settings
-        _, self.batch_size, learning_rate, seed = settings
-        self.optimizer = torch.optim.Adam(
-            model.parameters(), lr=learning_rate, fused=True, capturable=True
-        )
-        self.generator = Generator(states.device).manual_seed(seed)
-        self.step, self.n_summed, self.mean_loss = 0, 0, float("nan")
-        self.loss_sum = torch.zeros((), device=states.device)
-        self.partial = None if path is None else f"{os.fspath(path)}.partial"
-        if self.partial is not None and os.path.exists(self.partial):
-            self.load()
-
-    def update(self):
-        n, device = len(self.states), self.states.device
-        rows = torch.randint(n, (self.batch_size,), device=device, generator=self.generator)
-        loss = behavior_loss(self.model, self.states[rows], self.actions[rows], self.generator)
-        self.optimizer.zero_grad()
+    def update():
+        rows = torch.randint(len(states), (batch_size,), device=states.device)
+        loss = behavior_loss(model, states[rows], actions[rows])
+        optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
-        self.loss_sum += loss.detach()
+        optimizer.step()
+        loss_sum.add_(loss.detach())
 
-    def check_finite(self):
-        # The weights too: the last update may have broken them after a finite loss.
-        if not all(torch.isfinite(x).all() for x in (self.loss_sum, *self.model.parameters())):
-            raise FloatingPointError(
-                f"behavior loss is not finite by update {self.step}: look for NaN or extreme values"
-                " in the dataset, or lower the learning rate"
-            )
-
-    def report(self, on_progress):
-        self.check_finite()
-        self.mean_loss = (self.loss_sum / self.n_summed).item()
-        self.loss_sum.zero_()
-        self.n_summed = 0
-        try:
+    with own_draws(seed):
+        start, mean_loss = 0, float("nan")
+        if partial is not None and partial.exists():
+            start, mean_loss = _restore(partial, settings, model, optimizer)
+        reported, saved = start, time.monotonic()
+        if accelerate is not None:
+            update = accelerate(update)
+        for step in range(start + 1, updates + 1):
+            update()
+            if step < updates and step % REPORT_EVERY:
+                continue
+            _check_finite(step, loss_sum, *model.parameters())
+            mean_loss, reported = (loss_sum / (step - reported)).item(), step
+            loss_sum.zero_()
+            if partial and (step == updates or time.monotonic() - saved >= SAVE_SECONDS):
+                _save(partial, settings, model, optimizer, step, mean_loss)
+                saved = time.monotonic()
             if on_progress is not None:
-                on_progress(self.step, self.mean_loss)
-        except BaseException:
-            self.save()
-            raise
+                on_progress(step, mean_loss)
+    return mean_loss
 
-    def save(self):
-        self.check_finite()
-        if self.partial is not None:
-            content = {name: getattr(self, name) for name in ("settings", *self.COUNTERS)}
-            content |= {name: getattr(self, name).state_dict() for name in ("model", "optimizer")}
-            torch.save(content | {"generator": self.generator.get_state()}, f"{self.partial}.tmp")
-            os.replace(f"{self.partial}.tmp", self.partial)
 
-    def load(self):
-        try:
-            content = torch.load(self.partial, map_location=self.states.device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"cannot read {self.partial}: delete it to train afresh") from error
-        if content["settings"] != self.settings:
-            raise ValueError(
-                f"{self.partial} holds another training (rows, batch size, learning rate, seed,"
-                f" {content['settings']}, not {self.settings}): delete it to train afresh"
-            )
-        for name in self.COUNTERS:
-            setattr(self, name, content[name])
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.generator.set_state(content["generator"].cpu())
+@contextmanager
+def own_draws(seed: int):
+    """Draw from a seed of one's own, and leave the random state of the caller as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _check_finite(step, *tensors):
+    # The weights too: the last update may have broken them after a finite loss.
+    if not all(torch.isfinite(x).all() for x in tensors):
+        raise FloatingPointError(
+            f"behavior loss is not finite by update {step}: look for extreme values in the "
+            "dataset, or lower the learning rate"
+        )
+
+
+def _save(partial, settings, model, optimizer, step, mean_loss):
+    state = {"settings": settings, "step": step, "mean_loss": mean_loss}
+    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    cuda_rng = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    save(partial, state | {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng})
+
+
+def _restore(partial, settings, model, optimizer):
+    state = load(partial)
+    if state["settings"] != settings:
+        raise ValueError(
+            f"{partial} holds another training (rows, batch size, learning rate, seed: "
+            f"{state['settings']}, not {settings}): move it away to train afresh"
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if torch.cuda.is_available() and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return state["step"], state["mean_loss"]

@@ -1,0 +1,242 @@
+"""All that Algorithm 1 needs of the behavior diffusion, behind one class.
+
+A cached result is trained once for all runs with the same data, settings and code of this folder.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from d4rl_gymnasium.files import load, save
+from diffusion.networks import BehaviorModel, EnergyModel
+from diffusion.sampling import draw_support_actions, sample_actions
+from diffusion.training import energy_loss, own_draws, train_behavior
+
+SUPPORT_CHUNK = 100  # online states that support actions are drawn for at once, for speed
+BEHAVIOR_FIELDS = ("precision", "behavior_seed", "behavior_iterations", "behavior_batch_size")
+BEHAVIOR_FIELDS += ("behavior_lr", "behavior_width")
+SUPPORT_FIELDS = (*BEHAVIOR_FIELDS, "n_support", "diffusion_steps")
+
+
+class EnergyGuidedSampler:
+    """Reference actions from pi_0 of Eq. 5: the dataset's behavior nu_0, guided by a Q function.
+
+    Making one trains nu_0 and draws the support actions of the dataset's states, or takes both from
+    the cache. Then, in this order: `add_support` and once `fit_energy` before the first update,
+    and for every update `train` and `sample`.
+
+    Args:
+        config: the settings of a DARE script's TrainConfig, of which those under "Behavior
+            diffusion" and env, runs_dir, precision and mixing_ratio matter.
+        states, actions: the dataset's, [N, S] and [N, A].
+        online_states: those of the online transitions, [capacity, S]; its rows fill up.
+        q_function: maps states [..., S] and actions [..., A] to Q [...]: the smaller target Q.
+        accelerate: maps an update without arguments to a faster one.
+    """
+
+    def __init__(self, config, states, actions, online_states, q_function, accelerate):
+        self.config, self.q_function, self.accelerate = config, q_function, accelerate
+        self.behavior = cached_behavior(config, states, actions, accelerate)
+        self.energy = EnergyModel(states.shape[1], actions.shape[1], config.energy_hidden)
+        self.energy.to(states.device)
+        self.optimizer = torch.optim.Adam(
+            self.energy.parameters(), lr=config.energy_lr, fused=True, capturable=True
+        )
+        self.q_spread = torch.ones((), device=states.device)  # running mean over n_spreads calls
+        self.n_spreads = torch.zeros((), device=states.device)
+        self.has_energy = config.reference == "guided" and config.guidance_scale > 0
+        self.has_support = self.has_energy or config.reference == "resample"
+        if self.has_support:
+            rows, self.support = cached_support(config, states, actions, self.behavior)
+            self.states, self.online_states = states[rows], online_states
+            shape = len(online_states), *self.support.shape[1:]
+            self.online_support = torch.zeros(shape, device=states.device)
+            self.n_added = 0  # online states that have support actions
+            self.n_online = torch.zeros((), dtype=torch.int64, device=states.device)  # the same
+
+    def add_support(self, n_states: int):
+        """Draw support actions for those of the first n_states online states that have none.
+
+        Many at a time: up to SUPPORT_CHUNK - 1 of the newest states wait.
+        """
+        if not self.has_support or (self.n_added and n_states - self.n_added < SUPPORT_CHUNK):
+            return
+        new = slice(self.n_added, n_states)
+        with _autocast(self.config):
+            states, config = self.online_states[new], self.config
+            self.online_support[new] = draw_support_actions(
+                self.behavior, states, config.n_support, config.diffusion_steps
+            )
+        self.n_added = n_states
+        self.n_online.fill_(n_states)
+
+    def fit_energy(self):
+        """Fit f_phi to the offline Q, before the first exchange."""
+        if self.has_energy:
+            update = self.accelerate(self.train)
+            report = progress("energy", self.config.energy_iterations)
+            for i in range(self.config.energy_iterations):
+                update()
+                report(i + 1)
+
+    def train(self) -> dict[str, Tensor]:
+        """One update of f_phi on Eq. 34; returns what to log, nothing where there is no guidance.
+
+        Offline and online states come in the proportion of the batches.
+        """
+        if not self.has_energy:
+            return {}
+        config, device = self.config, self.states.device
+        n_offline = round(config.energy_batch_size * config.mixing_ratio)
+        i = torch.randint(len(self.states), (n_offline,), device=device)
+        j = torch.randint(1 << 62, (config.energy_batch_size - n_offline,), device=device)
+        j %= self.n_online
+        states = torch.cat([self.states[i], self.online_states[j]])
+        support = torch.cat([self.support[i], self.online_support[j]])
+        loss = energy_loss(self.energy, states, support, self.energies(states, support))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return {"energy_loss": loss.detach()}
+
+    @torch.no_grad()
+    def energies(self, states: Tensor, support: Tensor) -> Tensor:
+        """beta_E Q of the support actions [B, K, A] of states [B, S], [B, K].
+
+        With energy_normalize, Q is in units of its spread over the K actions, whose running mean
+        this call updates: so beta_E means the same on every task.
+        """
+        q = self.q_function(states[:, None].expand(-1, support.shape[1], -1), support)
+        if self.config.energy_normalize:
+            self.n_spreads += 1
+            self.q_spread.lerp_(q.std(1).mean(), (1 / self.n_spreads).clamp(min=0.001))
+            q = q / self.q_spread
+        return self.config.energy_beta * q
+
+    def sample(self, states: Tensor, offline_rows: Tensor, online_rows: Tensor) -> Tensor:
+        """Reference actions [B, M, A] for states [B, S] of rows of the dataset, then online rows.
+
+        By guided sampling (Eq. 6), or drawn from a state's support actions with softmax(s beta_E Q)
+        of config.reference "resample", for which the online rows must be below `n_online`.
+        """
+        config = self.config
+        if config.reference == "guided":
+            guide = self.energy, config.guidance_scale, config.diffusion_steps
+            return sample_actions(self.behavior, states, config.n_reference, *guide)
+        support = torch.cat([self.support[offline_rows], self.online_support[online_rows]])
+        logits = config.guidance_scale * self.energies(states, support)
+        shape = len(states), config.n_reference, config.n_support
+        gumbel = -torch.empty(shape, device=states.device).exponential_().log()
+        drawn = (logits[:, None] + gumbel).argmax(-1, keepdim=True)
+        return support.take_along_dim(drawn, 1)
+
+    def state_dict(self) -> dict:
+        """What changes online; all else is in the cache."""
+        state = {name: getattr(self, name).state_dict() for name in ("energy", "optimizer")}
+        if self.has_support:
+            state["online_support"] = self.online_support[: self.n_added].clone()
+        return {**state, "q_spread": self.q_spread, "n_spreads": self.n_spreads}
+
+    def load_state_dict(self, state: dict):
+        """Inverse of state_dict."""
+        self.energy.load_state_dict(state["energy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.q_spread.copy_(state["q_spread"])
+        self.n_spreads.copy_(state["n_spreads"])
+        if self.has_support:
+            self.n_added = len(state["online_support"])
+            self.n_online.fill_(self.n_added)
+            self.online_support[: self.n_added] = state["online_support"]
+
+
+def _autocast(config):
+    return torch.autocast(config.device, torch.bfloat16, config.precision == "bf16")
+
+
+def cached_behavior(config, states: Tensor, actions: Tensor, accelerate) -> BehaviorModel:
+    """nu_0 of states [N, S] and actions [N, A], trained or from the cache; without gradients."""
+    with own_draws(config.behavior_seed):
+        model = BehaviorModel(states.shape[1], actions.shape[1], config.behavior_width)
+    model.to(states.device)
+    with _cached("behavior", config, BEHAVIOR_FIELDS, states, actions) as path:
+        if path.exists():
+            model.load_state_dict(load(path)["behavior"])
+        else:
+            updates, batch_size = config.behavior_iterations, config.behavior_batch_size
+            learning_rate, seed = config.behavior_lr, config.behavior_seed
+            report = progress("behavior model", updates)
+            train_behavior(
+                model, states, actions, updates, batch_size, learning_rate, seed, path, report,
+                accelerate,
+            )  # fmt: skip
+            save(path, {"behavior": model.state_dict()})
+            Path(f"{path}.partial").unlink(missing_ok=True)
+    return model.requires_grad_(False)
+
+
+def cached_support(config, states: Tensor, actions: Tensor, behavior: BehaviorModel) -> tuple:
+    """Support actions [n, K, A] of rows [n] of the dataset, drawn or from the cache.
+
+    All rows, or n_support_states of them at random; resampling may need any row.
+    """
+    n = config.n_support_states if config.reference == "guided" else 0
+    with _cached(f"support-{n}", config, SUPPORT_FIELDS, states, actions) as path:
+        if not path.exists():
+            with own_draws(config.behavior_seed), _autocast(config):
+                # On the CPU, whose draws are the same everywhere.
+                rows = torch.randperm(len(states))[:n] if n else torch.arange(len(states))
+                report = progress("support actions", len(rows))
+                support = draw_support_actions(
+                    behavior, states[rows], config.n_support, config.diffusion_steps,
+                    on_progress=report,
+                )  # fmt: skip
+            save(path, {"rows": rows, "support": support.cpu()})
+        content = load(path)
+        return content["rows"].to(states.device), content["support"].to(states.device)
+
+
+@contextmanager
+def _cached(kind: str, config, fields: tuple, states: Tensor, actions: Tensor):
+    """Path of a result that depends on `fields`, the data and this folder's code alone."""
+    digest = hashlib.sha256(json.dumps([getattr(config, name) for name in fields]).encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    for data in (states, actions):
+        digest.update(data.cpu().contiguous().numpy().data)
+    folder = Path(config.runs_dir, "cache").expanduser()
+    path = folder / f"{kind}-{config.env}-{digest.hexdigest()[:12]}.pt"
+    if path.exists():
+        print(f"cache hit: {kind} from {path}", flush=True)
+        yield path
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for {path}, which another process is making", flush=True)
+        lock.acquire()
+    try:
+        yield path
+    finally:
+        lock.release()
+
+
+def progress(name: str, total: int) -> Callable:
+    """Prints a line at every tenth of a long computation: call it with what is done, and a loss."""
+    shown = 0
+
+    def report(done: int, *loss: float):
+        nonlocal shown
+        if done == total or done * 10 // total > shown:
+            shown = done * 10 // total
+            losses = "".join(f", loss {x:.4f}" for x in loss)
+            print(f"{name}: {done:,} of {total:,}{losses}", flush=True)
+
+    return report
