@@ -3,9 +3,9 @@
 DARE (Dynamic Alignment for RElease) is Algorithm 1 with Eqs. 5 to 10, 15 and 16 on implicit
 Q-learning: this file is algorithms/iql.py plus what is marked `# DARE`.
 
-IQL is Kostrikov et al. (2021). Online, each batch is half offline and half online data, as in PEX
-(Zhang et al., 2023). Equation and table numbers are the DARE paper's. Names and their order are
-those of CORL's algorithms/finetune/iql.py; algorithms/README.md lists what differs on purpose.
+IQL is Kostrikov et al. (2021); online, each batch is half offline and half online data, as in PEX
+(Zhang et al., 2023). Equations and tables are the DARE paper's, names and their order CORL's:
+algorithms/README.md lists what differs from its file on purpose.
 """
 
 import math
@@ -35,6 +35,17 @@ from tqdm import tqdm
 import d4rl_gymnasium as d4rl
 from d4rl_gymnasium.files import load, save, write
 from diffusion import EnergyGuidedSampler  # DARE
+
+
+class TensorBatch(NamedTuple):
+    """Columns of a batch: [B, S], [B, A], [B], [B, S], [B]."""
+
+    observations: torch.Tensor
+    actions: torch.Tensor
+    rewards: torch.Tensor
+    next_observations: torch.Tensor
+    terminals: torch.Tensor
+
 
 EXP_ADV_MAX = 100.0  # bound of the weights of Eq. 4 (IQL's authors)
 LOG_STD_MIN = -20.0
@@ -136,11 +147,8 @@ PRESETS = {  # Table 5 and PEX
     "locomotion": dict(beta=3.0, iql_tau=0.7, normalize_reward=False, n_episodes=10),
     "antmaze": dict(beta=10.0, iql_tau=0.9, normalize_reward=True, n_episodes=100),
 }
-CHOICES = {
-    "device": ["cpu", "cuda"],
-    "precision": ["fp32", "bf16"],
-    "wandb": ["online", "offline", "disabled"],
-}
+CHOICES = {"device": ("cpu", "cuda"), "precision": ("fp32", "bf16")}
+CHOICES |= {"wandb": ("online", "offline", "disabled")}
 AT_LEAST_1 = ("eval_freq", "offline_eval_freq", "n_episodes", "initial_collection_steps", "utd")
 AT_LEAST_1 += ("log_freq", "checkpoint_freq", "threads", "batch_size", "hidden_dim", "n_hidden")
 AT_MOST_1 = ("mixing_ratio", "discount", "tau", "iql_tau")
@@ -166,12 +174,8 @@ GUIDANCE_SCALE = {
     "antmaze-medium-diverse-v2": 3.0,
 }
 PRESETS |= {env: dict(guidance_scale=GUIDANCE_SCALE.get(env, 3.0)) for env in d4rl.TASKS}
-CHOICES |= {
-    "exchange": ["gaussian", "direct", "none"],
-    "online_loss": ["sac", "expectile", "none"],
-    "align": ["gaussian_kl", "softmax_kl"],
-    "reference": ["guided", "resample"],
-}
+CHOICES |= {"exchange": ("gaussian", "direct", "none"), "reference": ("guided", "resample")}
+CHOICES |= {"online_loss": ("sac", "expectile", "none"), "align": ("gaussian_kl", "softmax_kl")}
 AT_LEAST_1 += ("n_max_actions", "n_reference", "diffusion_steps", "behavior_batch_size")
 AT_LEAST_1 += ("behavior_width", "n_support", "energy_hidden", "energy_batch_size")
 AT_MOST_1 += ("online_expectile",)
@@ -181,22 +185,6 @@ PANELS["exchanged"] = "exchanged pairs"
 def soft_update(target: nn.Module, source: nn.Module, tau: float):
     """Exponential moving average of the parameters."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-class TensorBatch(NamedTuple):
-    """Columns of a batch: [B, S], [B, A], [B], [B, S], [B]."""
-
-    observations: torch.Tensor
-    actions: torch.Tensor
-    rewards: torch.Tensor
-    next_observations: torch.Tensor
-    terminals: torch.Tensor
-
-
-def draw_rows(n_rows: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Row numbers [batch_size] below n_rows, uniform, with replacement."""
-    # n_rows is on the device, so that a CUDA graph draws from rows that are added after it.
-    return torch.randint(1 << 62, (batch_size,), device=n_rows.device) % n_rows
 
 
 class ReplayBuffer:
@@ -216,24 +204,28 @@ class ReplayBuffer:
         self._append(torch.from_numpy(np.concatenate(columns, 1)))
 
     def add_transition(self, *transition):
-        """Append one transition, the values of a TensorBatch's row."""
-        row = np.concatenate([np.atleast_1d(x) for x in transition])
-        self._append(torch.from_numpy(row[None]))
+        """Append one transition: the values of a TensorBatch's row."""
+        self._append(torch.from_numpy(np.hstack(transition)[None]))
 
     def _append(self, rows: torch.Tensor):
-        end = self._pointer + len(rows)
-        self._data[self._pointer : end] = rows
-        self._pointer = end
-        self.size.fill_(end)
+        start, self._pointer = self._pointer, self._pointer + len(rows)
+        self._data[start : self._pointer] = rows
+        self.size.fill_(self._pointer)
 
     def rows(self, index: torch.Tensor | slice) -> TensorBatch:
         """The rows with the given numbers."""
         rows = self._data[index]
         return TensorBatch(*(rows[:, column] for column in self._columns))
 
+    def draw(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Numbers [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
+        # The size is on the device, so that a CUDA graph draws from rows that come after it.
+        draws = torch.randint(1 << 62, (batch_size,), device=self._data.device)
+        return draws % (self.size if n_rows is None else n_rows)
+
     def sample(self, batch_size: int) -> TensorBatch:
         """Draw rows uniformly, with replacement."""
-        return self.rows(draw_rows(self.size, batch_size))
+        return self.rows(self.draw(batch_size))
 
     def state_dict(self) -> dict:
         """The filled rows."""
@@ -554,19 +546,16 @@ def regroup(
 # --- Run directory, precision and CUDA graphs: nothing of the algorithm from here to train() ---
 
 # Settings that may change when a run goes on
-FREE = ("device", "threads", "compile", "cuda_graph", "online_iterations", "runs_dir", "name")
-FREE += ("project", "wandb")
+FREE = ("device", "threads", "online_iterations", "runs_dir", "name", "project", "wandb")
 
 
 class Run:
-    """Files in runs_dir/name/env/seed_N: going on depends on checkpoint.pt alone, and config.yaml,
-    eval.csv, train.csv and curve.png are written from it.
-    """
+    """Files of a run in runs_dir/name/env/seed_N; all are written from checkpoint.pt."""
 
     def __init__(self, config: TrainConfig):
         self.config, self.settings = config, {**asdict(config), "script": Path(__file__).stem}
-        self.dir = Path(config.runs_dir, config.name, config.env).expanduser()
-        self.dir /= f"seed_{config.seed}"
+        self.dir = Path(config.runs_dir, config.name, config.env, f"seed_{config.seed}")
+        self.dir = self.dir.expanduser()
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock", timeout=0)
         self.checkpoint = {"phase": "offline", "rows": {}, "sums": {}, "n_sums": 0, "wandb": None}
@@ -741,9 +730,7 @@ def train(config: TrainConfig):
             returns = eval_actor(eval_envs, trainer, config.n_episodes, config.eval_seed)
             score = 100 * d4rl.get_normalized_score(config.env, returns.mean())
             row = {"return_mean": returns.mean(), "return_std": returns.std()}
-            row["d4rl_normalized_score"] = score
-            if d4rl.task(config.env).family == "antmaze":
-                row["success_rate"] = (returns > 0).mean()
+            row |= {"d4rl_normalized_score": score}  # AntMaze: the success rate in percent
             run.log("eval", phase, step, {name: float(x) for name, x in row.items()})
             run.plot()
             print(f"{phase} step {step:,}: score {score:.1f}", flush=True)
@@ -776,10 +763,10 @@ def train(config: TrainConfig):
 
         def dare_update() -> dict[str, torch.Tensor]:  # DARE: lines 4 to 10 of Algorithm 1
             log_dict = sampler.train()  # of line 10
-            i = draw_rows(offline_buffer.size, config.n_offline)
-            resampled = config.reference == "resample"  # from rows that have support actions
-            n_online = sampler.n_online if resampled else online_buffer.size
-            j = draw_rows(n_online, config.batch_size - config.n_offline)
+            i = offline_buffer.draw(config.n_offline)
+            resampled = config.reference == "resample"  # among rows that have support actions
+            n_rows = sampler.n_online if resampled else None
+            j = online_buffer.draw(config.batch_size - config.n_offline, n_rows)
             batches = offline_buffer.rows(i), online_buffer.rows(j)
             states = torch.cat([batch.observations for batch in batches])
             actions = torch.cat([batch.actions for batch in batches])
