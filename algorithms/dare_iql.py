@@ -182,6 +182,7 @@ AT_MOST_1 += ("online_expectile",)
 PANELS["exchanged"] = "exchanged pairs"
 
 
+@torch.no_grad()
 def soft_update(target: nn.Module, source: nn.Module, tau: float):
     """Exponential moving average of the parameters."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)

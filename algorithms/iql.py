@@ -127,6 +127,7 @@ OFFLINE_FIELDS += ("normalize_reward", "hidden_dim", "n_hidden")  # --load_model
 PANELS = {"q": "mean target Q"}  # columns of train.csv that curve.png shows below the score
 
 
+@torch.no_grad()
 def soft_update(target: nn.Module, source: nn.Module, tau: float):
     """Exponential moving average of the parameters."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)

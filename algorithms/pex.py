@@ -134,6 +134,7 @@ PANELS = {"q": "mean target Q"}  # columns of train.csv that curve.png shows bel
 AT_MOST_1 += ("eval_epsilon",)  # PEX
 
 
+@torch.no_grad()
 def soft_update(target: nn.Module, source: nn.Module, tau: float):
     """Exponential moving average of the parameters."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
