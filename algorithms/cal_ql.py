@@ -32,6 +32,7 @@ from tqdm import tqdm
 import d4rl_gymnasium as d4rl
 from d4rl_gymnasium.files import load, save, write
 
+
 class TensorBatch(NamedTuple):
     """Columns of a batch: [B, S], [B, A], [B], [B, S], [B] and V^nu of Eq. 1, [B]."""
 
@@ -415,9 +416,10 @@ class CalQL:
     def conservative_regularizer(
         self, batch: TensorBatch, q: torch.Tensor, policy: TanhGaussian, next_policy: TanhGaussian
     ) -> torch.Tensor:
-        """R of Eq. 1 for each row and both Q, [2, B]: Q of drawn actions less q, that of the data. The
-        expectation over actions is CQL's logsumexp, over uniform actions and the policy's at s and
-        s', each weighted by the inverse of its density. R is clipped at cql_clip_diff_min.
+        """R of Eq. 1 for each row and both Q, [2, B]: Q of drawn actions less q, that of the data.
+
+        The expectation over actions is CQL's logsumexp, over uniform actions and the policy's at s
+        and s', each weighted by the inverse of its density. R is clipped at cql_clip_diff_min.
         """
         config, n = self.config, self.config.cql_n_actions
         n_rows, action_dim = batch.actions.shape
@@ -437,6 +439,7 @@ class CalQL:
 
     def q_loss(self, batch: TensorBatch, policy: TanhGaussian, next_policy: TanhGaussian) -> tuple:
         """TD term and alpha R (with Lagrange, less the gap), each summed over both Q; mean Q.
+
         Eq. 1 with the TD term of Eq. 14 and CORL, without 1/2: Table 4's alpha is on this scale.
         """
         n_rows = len(batch.rewards)
