@@ -691,9 +691,8 @@ class Run:
         """Log the means since the last call; ends the run where one is not finite."""
         row = {"steps_per_second": self.n_steps / (time.perf_counter() - self.clock)}
         row |= {name: (x / self.n_sums).item() for name, x in self.sums.items()}
-        for name, x in row.items():
-            if not math.isfinite(x):
-                raise FloatingPointError(f"{name} is not finite at {phase} step {step}")
+        if bad := [name for name, x in row.items() if not math.isfinite(x)]:
+            raise FloatingPointError(f"{bad[0]} is not finite at {phase} step {step}")
         self.log("train", phase, step, row)
         self.sums, self.n_sums = {}, 0
         self.n_steps, self.clock = 0, time.perf_counter()
@@ -759,15 +758,6 @@ class Run:
         axes[0].set_title(f"{self.config.name}, {self.config.env}, seed {self.config.seed}")
         axes[-1].set_xlabel(f"online environment steps (data: {self.config.data})")
         figure.savefig(self.dir / "curve.png")
-
-
-def load_offline_agent(config: TrainConfig) -> dict:
-    """State of the agent in --load_model, which must have been trained with the same settings."""
-    state = load(Path(config.load_model).expanduser())
-    old, new = state.get("settings", {}), {key: getattr(config, key) for key in OFFLINE_FIELDS}
-    if other := [key for key in new | old if old.get(key) != new.get(key)]:
-        sys.exit(f"error: {config.load_model} was trained with another {', '.join(other)}")
-    return state["trainer"]
 
 
 def accelerate(update, config: TrainConfig):
@@ -838,7 +828,11 @@ def train(config: TrainConfig):
 
         # Offline: updates on the dataset alone.
         if config.load_model and run.checkpoint["phase"] == "offline":
-            trainer.load_state_dict(load_offline_agent(config))
+            agent = load(Path(config.load_model).expanduser())
+            old = agent.get("settings", {})
+            if other := [k for k in OFFLINE_FIELDS if old.get(k) != getattr(config, k)]:
+                sys.exit(f"error: {config.load_model} was trained with another {', '.join(other)}")
+            trainer.load_state_dict(agent["trainer"])
         elif run.checkpoint["phase"] == "offline":
             parts, last = {"trainer": trainer}, config.offline_iterations
             start = run.restore("offline", parts) or 0
@@ -847,8 +841,8 @@ def train(config: TrainConfig):
             for step in tqdm(range(start, last), "offline", last, initial=start, disable=None):
                 run.add(update())
                 run.after_step("offline", step + 1, last, parts, evaluate)
-            settings = {key: getattr(config, key) for key in OFFLINE_FIELDS}
-            save(run.dir / "offline.pt", {"trainer": trainer.state_dict(), "settings": settings})
+            agent = {"trainer": trainer.state_dict(), "settings": run.settings}
+            save(run.dir / "offline.pt", agent)
 
         # Online: one environment step, then `utd` updates on half offline, half online data.
         torch.manual_seed(config.seed)
