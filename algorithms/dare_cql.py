@@ -183,7 +183,7 @@ OFFLINE_FIELDS += ("cql_n_actions", "cql_lagrange", "cql_target_action_gap", "cq
 OFFLINE_FIELDS += ("cql_max_target_backup", "cql_clip_diff_min", "normalize", "normalize_reward")
 OFFLINE_FIELDS += ("hidden_dim", "q_n_hidden_layers", "policy_n_hidden_layers")
 OFFLINE_FIELDS += ("reward_scale", "reward_bias", "is_sparse_reward")  # --load_model must agree
-PANELS = {"q": "mean Q"}  # columns of train.csv that curve.png shows below the score
+PANELS = {"d4rl_normalized_score": "normalized score", "q": "mean Q"}  # of curve.png
 # DARE: App. B.1, App. B.5 and Table 7
 PRESETS["locomotion"] |= dict(n_support=16)
 PRESETS["antmaze"] |= dict(n_support=32)
@@ -746,11 +746,10 @@ class Run:
         return state["step"]
 
     def plot(self):
-        """Draw curve.png: the score and PANELS along fine-tuning."""
-        figure = Figure(figsize=(6, 4 + len(PANELS)), layout="constrained")
-        axes = figure.subplots(1 + len(PANELS), sharex=True)
-        panels = {"d4rl_normalized_score": "normalized score", **PANELS}
-        for ax, (name, label) in zip(axes, panels.items(), strict=True):
+        """Draw curve.png: PANELS along fine-tuning."""
+        figure = Figure(figsize=(6, 3 + len(PANELS)), layout="constrained")
+        axes = figure.subplots(len(PANELS), sharex=True)
+        for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
             rows = [row for kind in self.rows.values() for row in kind if name in row]
             points = [(row["step"], row[name]) for row in rows if row["phase"] == "online"]
             ax.plot(*zip(*points, strict=True) if points else ([], []), marker=".")
@@ -819,10 +818,9 @@ def train(config: TrainConfig):
 
         def evaluate(phase: str, step: int):
             returns = eval_actor(eval_envs, trainer, config.n_episodes, config.eval_seed)
-            score = 100 * d4rl.get_normalized_score(config.env, returns.mean())
-            row = {"return_mean": returns.mean(), "return_std": returns.std()}
-            row |= {"d4rl_normalized_score": score}  # AntMaze: the success rate in percent
-            run.log("eval", phase, step, {name: float(x) for name, x in row.items()})
+            score = 100 * d4rl.get_normalized_score(config.env, float(returns.mean()))
+            row = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
+            run.log("eval", phase, step, {**row, "d4rl_normalized_score": float(score)})
             run.plot()
             print(f"{phase} step {step:,}: score {score:.1f}", flush=True)
 

@@ -3,9 +3,8 @@
 DARE (Dynamic Alignment for RElease) is Algorithm 1 with Eqs. 5 to 10, 15 and 16 on implicit
 Q-learning: this file is algorithms/iql.py plus what is marked `# DARE`.
 
-IQL is Kostrikov et al. (2021); online, each batch is half offline and half online data, as in PEX
-(Zhang et al., 2023). Equations and tables are the DARE paper's, names and their order CORL's:
-algorithms/README.md lists what differs from its file on purpose.
+IQL is Kostrikov et al. (2021); online, each batch is half offline and half online data, as in PEX.
+Equations and tables are the DARE paper's, names and order CORL's: see algorithms/README.md.
 """
 
 import math
@@ -25,7 +24,6 @@ import numpy as np
 import pyrallis
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import wandb
 import yaml
 from filelock import FileLock, Timeout
@@ -154,7 +152,7 @@ AT_LEAST_1 += ("log_freq", "checkpoint_freq", "threads", "batch_size", "hidden_d
 AT_MOST_1 = ("mixing_ratio", "discount", "tau", "iql_tau")
 OFFLINE_FIELDS = ("env", "data", "regenerated_size", "discount", "beta", "iql_tau")
 OFFLINE_FIELDS += ("normalize_reward", "hidden_dim", "n_hidden")  # --load_model must agree with
-PANELS = {"q": "mean target Q"}  # columns of train.csv that curve.png shows below the score
+PANELS = {"d4rl_normalized_score": "normalized score", "q": "mean target Q"}  # of curve.png
 # DARE: App. B.1, App. B.5 and Table 7
 PRESETS["locomotion"] |= dict(sac_alpha=0.2, n_support=16)
 PRESETS["antmaze"] |= dict(sac_alpha=0.01, n_support=32)
@@ -394,7 +392,7 @@ class ImplicitQLearning:
             online_targets = (1.0 - batch.terminals[n:]) * self.config.discount * max_q
             targets = torch.cat([targets[:n], batch.rewards[n:] + online_targets])
         q1, q2 = self.qf.both(batch.observations, batch.actions)
-        return (F.mse_loss(q1, targets) + F.mse_loss(q2, targets)) / 2
+        return sum(nn.functional.mse_loss(q, targets) for q in (q1, q2)) / 2
 
     def policy_loss(self, batch: TensorBatch, adv: torch.Tensor) -> torch.Tensor:
         """Advantage-weighted regression on the batch's actions, Eq. 4."""
@@ -649,11 +647,10 @@ class Run:
         return state["step"]
 
     def plot(self):
-        """Draw curve.png: the score and PANELS along fine-tuning."""
-        figure = Figure(figsize=(6, 4 + len(PANELS)), layout="constrained")
-        axes = figure.subplots(1 + len(PANELS), sharex=True)
-        panels = {"d4rl_normalized_score": "normalized score", **PANELS}
-        for ax, (name, label) in zip(axes, panels.items(), strict=True):
+        """Draw curve.png: PANELS along fine-tuning."""
+        figure = Figure(figsize=(6, 3 + len(PANELS)), layout="constrained")
+        axes = figure.subplots(len(PANELS), sharex=True)
+        for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
             rows = [row for kind in self.rows.values() for row in kind if name in row]
             points = [(row["step"], row[name]) for row in rows if row["phase"] == "online"]
             ax.plot(*zip(*points, strict=True) if points else ([], []), marker=".")
@@ -719,10 +716,9 @@ def train(config: TrainConfig):
 
         def evaluate(phase: str, step: int):
             returns = eval_actor(eval_envs, trainer, config.n_episodes, config.eval_seed)
-            score = 100 * d4rl.get_normalized_score(config.env, returns.mean())
-            row = {"return_mean": returns.mean(), "return_std": returns.std()}
-            row |= {"d4rl_normalized_score": score}  # AntMaze: the success rate in percent
-            run.log("eval", phase, step, {name: float(x) for name, x in row.items()})
+            score = 100 * d4rl.get_normalized_score(config.env, float(returns.mean()))
+            row = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
+            run.log("eval", phase, step, {**row, "d4rl_normalized_score": float(score)})
             run.plot()
             print(f"{phase} step {step:,}: score {score:.1f}", flush=True)
 
