@@ -1,7 +1,8 @@
 """PEX, offline then online: python algorithms/pex.py --env antmaze-umaze-v2
 
 Policy expansion (Zhang et al., 2023) on implicit Q-learning: this file is algorithms/iql.py plus
-what is marked `# PEX`. The offline policy is frozen; a new one learns beside it; Q chooses.
+what is marked `# PEX`, update for update as in its authors' code. The offline policy is frozen; a
+new one learns beside it; Q chooses between their actions.
 
 IQL is Kostrikov et al. (2021); online, each batch is half offline and half online data, as in PEX.
 Equations and tables are the DARE paper's, names and order CORL's: see algorithms/README.md.
@@ -45,7 +46,8 @@ class TensorBatch(NamedTuple):
 
 
 EXP_ADV_MAX = 100.0  # bound of the weights of Eq. 4 (IQL's authors)
-LOG_STD_MIN = -20.0
+LOG_STD_MIN = -5.0  # PEX
+EVAL_EPSILON = 0.1  # share of an evaluation's choices that are drawn, not greedy (PEX)
 LOG_STD_MAX = 2.0
 
 
@@ -90,7 +92,6 @@ class TrainConfig:
     n_hidden: int = 2  # hidden layers, Table 5
     # PEX
     inv_temperature: float = 10.0  # of the choice between the two policies' actions
-    eval_epsilon: float = 0.1  # share of an evaluation's choices that are drawn, not greedy
     # Wandb logging
     project: str = "DARE"  # project on wandb
     name: str = Path(__file__).stem  # of the method; rename a variant to keep its runs apart
@@ -129,7 +130,6 @@ AT_MOST_1 = ("mixing_ratio", "discount", "tau", "iql_tau")
 OFFLINE_FIELDS = ("env", "data", "regenerated_size", "discount", "beta", "iql_tau")
 OFFLINE_FIELDS += ("normalize_reward", "hidden_dim", "n_hidden")  # --load_model must agree with
 PANELS = {"d4rl_normalized_score": "normalized score", "q": "mean target Q"}  # of curve.png
-AT_MOST_1 += ("eval_epsilon",)  # PEX
 
 
 @torch.no_grad()
@@ -337,11 +337,6 @@ class ImplicitQLearning:
 
     def policy_loss(self, batch: TensorBatch, adv: torch.Tensor) -> torch.Tensor:
         """Advantage-weighted regression on the batch's actions, Eq. 4."""
-        if self.online:  # PEX: the actions are those of the composed policy
-            with torch.no_grad():
-                batch = batch._replace(actions=self.compose(batch.observations))
-                q = self.q_target(batch.observations, batch.actions)
-                adv = q - self.vf(batch.observations)
         exp_adv = torch.exp(self.config.beta * adv).clamp(max=EXP_ADV_MAX)
         losses = -exp_adv * self.actor.log_prob(batch.observations, batch.actions)
         return losses.mean()
@@ -354,12 +349,21 @@ class ImplicitQLearning:
         v = self.vf(batch.observations)
         adv = target_q - v
         value_loss, q_loss = self.value_loss(adv), self.q_loss(batch, next_v)
-        actor_loss = self.policy_loss(batch, adv.detach())
+        actor_loss = self.policy_loss(batch, adv.detach()) if not self.online else 0.0
         # They share no parameter: the gradient of their sum is that of each.
         self.optimizer.zero_grad(set_to_none=True)
         (value_loss + q_loss + actor_loss).backward()
         self.optimizer.step()
         soft_update(self.q_target, self.qf, self.config.tau)
+        if self.online:  # PEX: the policy learns last, from composed actions and the new networks
+            with torch.no_grad():
+                batch = batch._replace(actions=self.compose(batch.observations))
+                new_q = self.q_target(batch.observations, batch.actions)
+                new_adv = new_q - self.vf(batch.observations)
+            actor_loss = self.policy_loss(batch, new_adv)
+            self.optimizer.zero_grad(set_to_none=True)
+            actor_loss.backward()
+            self.optimizer.step()
         self.total_it += 1
         if not self.online:  # cosine decay (IQL's authors)
             progress = self.total_it.double() / max(1, self.config.offline_iterations)
@@ -375,24 +379,26 @@ class ImplicitQLearning:
         self.expand()  # PEX
 
     def expand(self):
-        """PEX: freeze the offline policy and start a new one, with a new optimizer state."""
+        """PEX: freeze the offline policy, start a new one, and start the optimizer anew."""
         self.offline_actor = deepcopy(self.actor).requires_grad_(False)
         for layer in self.actor.net.net[:-1:2]:
-            layer.reset_parameters()
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
         self.actor.log_std.data.zero_()
-        for parameter in self.actor.parameters():
-            self.optimizer.state.pop(parameter, None)
+        self.optimizer.state.clear()
 
     @torch.no_grad()
     def compose(self, state: torch.Tensor, epsilon: float = 1.0) -> torch.Tensor:
         """PEX: actions [B, A], each the offline policy's mean or the new policy's action.
 
         Q chooses: the new one with probability softmax(inv_temperature * min Q). Below epsilon = 1
-        this choice and the new policy's action are greedy with probability 1 - epsilon each.
+        this choice and the new policy's action are greedy with probability 1 - epsilon each. Drawn
+        actions are not clamped: the environment clips them.
         """
         greedy, chosen_greedily = torch.rand(2, len(state), device=state.device) >= epsilon
-        offline_action, mean = self.offline_actor(state)[0], self.actor(state)[0]
-        new_action = torch.where(greedy[:, None], mean, self.actor.sample(state)[0][0])
+        offline_action, (mean, log_std) = self.offline_actor(state)[0], self.actor(state)
+        drawn_action = mean + torch.exp(log_std) * torch.randn_like(mean)
+        new_action = torch.where(greedy[:, None], mean, drawn_action)
         q_offline, q_new = self.qf(state, offline_action), self.qf(state, new_action)
         logit = self.config.inv_temperature * (q_new - q_offline)
         drawn = torch.rand_like(logit) < torch.sigmoid(logit)
@@ -404,7 +410,7 @@ class ImplicitQLearning:
         """Actions [N, A] at states [N, S]: the mean, or a draw."""
         state = torch.as_tensor(state, dtype=torch.float32, device=self.config.device)
         if self.online:  # PEX
-            epsilon = self.config.eval_epsilon if deterministic else 1.0
+            epsilon = EVAL_EPSILON if deterministic else 1.0
             return self.compose(state, epsilon).cpu().numpy()
         action = self.actor(state)[0] if deterministic else self.actor.sample(state)[0][0]
         return action.cpu().numpy()
