@@ -97,17 +97,23 @@ def _outside(file, name):
 def names(file):
     """The names in the file and in its groups such as infos; `metadata` is left out."""
     found = []
-    for name in file:
-        link = file.get(name, getlink=True)
-        if name == "metadata" or isinstance(link, h5py.ExternalLink):
-            continue
+    for name in _own(file):
         item = _follow(file, name)
-        found += [f"{name}/{inner}" for inner in item] if isinstance(item, h5py.Group) else [name]
+        if isinstance(item, h5py.Dataset):
+            found.append(name)
+        elif isinstance(item, h5py.Group) and name != "metadata":
+            found += [f"{name}/{inner}" for inner in _own(item)]
     return found
+
+
+def _own(group):
+    return [x for x in group if not isinstance(group.get(x, getlink=True), h5py.ExternalLink)]
 
 
 def read(array, name):
     """The values of an `h5py.Dataset` from `find`.
+
+    Rows that were never written would read as 0, and could be more than memory holds.
 
     Raises:
         DatasetError: a filter that it is compressed with is missing, or it was not written whole.
@@ -117,17 +123,19 @@ def read(array, name):
     for i in range(properties.get_nfilters()):
         code, _, _, label = properties.get_filter(i)
         if not _has_filter(code):
+            filter_name = f"{code} {label.decode(errors='replace')}".strip()
             raise DatasetError(
-                f"{path}: {name} are compressed with a filter that is not installed here, number "
-                f"{code} {label.decode(errors='replace')}: pip install hdf5plugin, or write the "
-                "file with gzip"
+                f"{path}: {name} are compressed with a filter that is not installed here "
+                f"({filter_name}): pip install hdf5plugin, or write the file with gzip"
             )
-    if array.chunks:
+    if array.shape == array.shape[:1] and array.dtype.itemsize == 1:
+        whole = True  # flags, of which a program need not write those that are 0
+    elif array.chunks:
         pieces = zip(array.shape, array.chunks, strict=True)
         whole = array.id.get_num_chunks() >= math.prod(-(-n // size) for n, size in pieces)
     else:
         whole = array.id.get_storage_size() > 0
-    if not whole and array.size:
+    if not whole and array.size:  # one without rows is never written
         raise DatasetError(
             f"{path}: {name} have room for {len(array):,} rows that were not all written: write "
             "the file to its end"
