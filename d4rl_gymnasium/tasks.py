@@ -140,7 +140,8 @@ def register_task(env_id, base, ref_min_score=0.0, ref_max_score=100.0):
         env.close()
     wrappers = [OfflineEnv.wrapper_spec()]
     if (actions.low != -1).any() or (actions.high != 1).any():
-        wrappers.insert(0, RescaleAction.wrapper_spec(min_action=-1.0, max_action=1.0))
+        one = np.float32(1)  # of the type of the space's bounds, or Gymnasium warns
+        wrappers.insert(0, RescaleAction.wrapper_spec(min_action=-one, max_action=one))
     wrappers = (*spec.additional_wrappers, *wrappers)
     gymnasium.registry[env_id] = dataclasses.replace(
         spec, id=env_id, additional_wrappers=wrappers, vector_entry_point=None
