@@ -67,6 +67,11 @@ def exclusive(path):
         except Timeout:
             print(f"data: waiting for another process that makes {path}", flush=True)
             lock.acquire()
+        except NotImplementedError as error:
+            raise DatasetError(
+                f"the file system of {path} has no locks: set D4RL_DATASET_DIR to a folder of "
+                "another one"
+            ) from error
     try:
         yield
     finally:

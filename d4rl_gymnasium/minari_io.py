@@ -202,13 +202,18 @@ def episodes(env_id, dataset):
     The last observation of an episode is its last row's next one. Where the file has no next
     observations, an episode that ends by time-out loses its last step, and behind a terminal,
     where nothing is ever bootstrapped from, the last observation stands twice.
+
+    Raises:
+        DatasetError: the rows are not in the order of their episodes.
     """
     from minari.data_collector import EpisodeBuffer
 
     from d4rl_gymnasium.report import episode_bounds
+    from d4rl_gymnasium.transitions import require_order
 
     following = dataset.get("next_observations")
     terminals, timeouts = dataset["terminals"].astype(bool), dataset["timeouts"].astype(bool)
+    require_order(dataset, terminals | timeouts)
     buffers = []
     for start, end in zip(*episode_bounds(dataset, task(env_id).family == "antmaze"), strict=True):
         steps = slice(start, end)

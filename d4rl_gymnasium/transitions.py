@@ -47,25 +47,21 @@ def qlearning_dataset(
     observations = dataset["observations"].astype(np.float32, copy=False)
     rows = np.flatnonzero(terminate_on_end | ~timeouts)
     rows = rows[rows < len(terminals) - 1]  # the last row has no next one
-    following = dataset.get("next_observations")
-    if following is not None:
-        following = following.astype(np.float32, copy=False)
-        within = ~(terminals | timeouts)[:-1]
-        if (following[:-1] != observations[1:])[within].any():
-            print(
-                f"data: {source} has next observations that are not those of the next rows; they "
-                "are used, and each row is a transition",
-                flush=True,
-            )
-            rows = np.arange(len(terminals))
-        else:
-            following = None
+    in_order = is_in_order(dataset, terminals | timeouts)
+    if not in_order:
+        print(
+            f"data: {source} has next observations that are not those of the next rows; they are "
+            "used, and each row is a transition",
+            flush=True,
+        )
+        rows = np.arange(len(terminals))
     if not len(rows):
         raise DatasetError("the data holds no transition with a next observation: use another file")
+    following = observations[rows + 1] if in_order else dataset["next_observations"]
     return {
         "observations": observations[rows],
         "actions": dataset["actions"].astype(np.float32, copy=False)[rows],
-        "next_observations": observations[rows + 1] if following is None else following,
+        "next_observations": following.astype(np.float32, copy=False),
         "rewards": dataset["rewards"].astype(np.float32, copy=False)[rows],
         "terminals": terminals[rows],
     }
@@ -87,17 +83,43 @@ def sequence_dataset(env_or_id, dataset=None, *, data="d4rl", regenerated_size=2
         dict of the arrays of `get_dataset`, cut to the rows of the episode.
 
     Raises:
-        ValueError, DatasetError: as in `get_dataset`.
+        ValueError: as in `get_dataset`.
+        DatasetError: as in `get_dataset`, or the rows are not in the order of their episodes.
     """
     if dataset is None:
         dataset = get_dataset(env_or_id, data, regenerated_size)
     else:
         dataset = checked(dataset, task_of(env_or_id), "the given dataset")
     timeouts = timeouts_of(dataset, _episode_limit(env_or_id), behind_timeout=1)
+    ends = dataset["terminals"].astype(bool) | timeouts
+    require_order(dataset, ends)
     start = 0
-    for end in np.flatnonzero(dataset["terminals"].astype(bool) | timeouts) + 1:
+    for end in np.flatnonzero(ends) + 1:
         yield {key: array[start:end].copy() for key, array in dataset.items()}
         start = end
+
+
+def is_in_order(dataset, ends):
+    """Whether a row's next observation, where the data has one, is the next row's observation.
+
+    Args:
+        dataset: arrays of `get_dataset`.
+        ends: whether an episode ends with a row (N,); such rows are not looked at.
+    """
+    if "next_observations" not in dataset:
+        return True
+    following = dataset["next_observations"][:-1].astype(np.float32, copy=False)
+    next_row = dataset["observations"][1:].astype(np.float32, copy=False)
+    return bool((following == next_row)[~ends[:-1]].all())
+
+
+def require_order(dataset, ends):
+    """Raise a DatasetError unless `is_in_order`."""
+    if not is_in_order(dataset, ends):
+        raise DatasetError(
+            "the rows are no episodes in order, as next observations are not those of the next "
+            "rows: use data that was not shuffled, with a time-out where an episode ends by one"
+        )
 
 
 def episode_starts(dataset):

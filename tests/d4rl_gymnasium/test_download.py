@@ -347,6 +347,15 @@ def test_a_link_in_the_place_of_a_partial_file_is_refused(server, path, tmp_path
     assert make != "link" or precious.read_text() == "of another program"
 
 
+def test_a_file_system_without_locks_is_one_line(server, path, monkeypatch):
+    def acquire(lock, timeout):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("d4rl_gymnasium.download.FileLock.acquire", acquire)
+    with pytest.raises(DatasetError, match="has no locks: set D4RL_DATASET_DIR"):
+        download(server.url, path, **FAST)
+
+
 def test_the_file_is_on_the_disk_before_it_has_its_name(server, path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))

@@ -172,6 +172,13 @@ def test_minari_loads_episodes_with_their_last_observation(minari, hopper, tmp_p
         assert not episode.terminations[:-1].any() and not episode.truncations[:-1].any()
 
 
+def test_shuffled_rows_are_no_episodes(minari, hopper, tmp_path):
+    path = write(tmp_path / "a.hdf5", {key: array[::-1] for key, array in hopper.items()})
+    with pytest.raises(SystemExit, match="^error: the rows are no episodes in order"):
+        main(["to-minari", HOPPER, "--data", path, "--id", "name-v0"])
+    assert not minari.list_local_datasets()
+
+
 def test_the_environment_and_d4rls_scores_are_recorded(minari, hopper, tmp_path):
     main(["to-minari", HOPPER, "--data", write(tmp_path / "a.hdf5", hopper), "--id", "name-v0"])
     dataset = minari.load_dataset("name-v0")

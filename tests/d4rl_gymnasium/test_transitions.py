@@ -121,6 +121,12 @@ def test_sequences_of_a_file_and_of_an_environment(tmp_path):
     same(next(d4rl.sequence_dataset(gymnasium.make(HOPPER), of_env)), found[0])
 
 
+def test_shuffled_rows_are_no_sequences():
+    arrays = {key: array[::-1] for key, array in steps(70).items()}
+    with pytest.raises(d4rl.DatasetError, match="rows are no episodes in order"):
+        next(d4rl.sequence_dataset(HOPPER, arrays))
+
+
 def test_the_range_of_returns():
     """Of the episodes of the transitions: 2 + 3, 1, and 4 - 1."""
     observations = np.arange(5.0)[:, None]
