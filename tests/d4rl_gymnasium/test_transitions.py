@@ -101,6 +101,7 @@ def test_sequences_are_those_of_the_plain_loop(n, limit, has_timeouts, seed):
     rng = np.random.default_rng(seed)
     arrays = steps(n, seed) | {"terminals": rng.random(n) < 0.1, "timeouts": rng.random(n) < 0.1}
     arrays["infos/goal"] = rng.standard_normal((n, 2))
+    del arrays["next_observations"]  # they would not fit the flags
     if not has_timeouts:
         del arrays["timeouts"]
     env = gymnasium.make(HOPPER, max_episode_steps=limit)
