@@ -54,8 +54,7 @@ def _load_tasks():
 
 
 TASKS = _load_tasks()
-_D4RL_TASKS = dict(TASKS)
-_substituted = set()
+_substituted = {}  # by task id: the `Task` and the `EnvSpec` that `restore` brings back
 
 
 def task(env_id):
@@ -91,8 +90,13 @@ def _register(known):
         entry_point=_ENTRY_POINTS[name],
         max_episode_steps=known.max_episode_steps,
         kwargs={"maze": maze[0]} if name == "antmaze" else {},
-        additional_wrappers=(OfflineEnv.wrapper_spec(),),
+        additional_wrappers=_with_d4rls_methods(()),
     )
+
+
+def _with_d4rls_methods(wrappers):
+    own = OfflineEnv.wrapper_spec()
+    return wrappers if own in wrappers else (*wrappers, own)
 
 
 def register_task(env_id, base, ref_min_score=0.0, ref_max_score=100.0):
@@ -116,8 +120,9 @@ def register_task(env_id, base, ref_min_score=0.0, ref_max_score=100.0):
     Raises:
         ValueError: the id is one of D4RL's, or the environment can't be made or doesn't serve.
     """
-    if env_id in _D4RL_TASKS:
-        raise ValueError(f"{env_id} is one of D4RL's tasks: give yours another id")
+    registered_before = env_id in TASKS and not TASKS[env_id].dataset_url
+    if env_id in gymnasium.registry and not registered_before:
+        raise ValueError(f"{env_id} is an environment already: give yours another id")
     if not ref_min_score < ref_max_score:
         raise ValueError(f"the reference scores {ref_min_score} and {ref_max_score} must increase")
     try:
@@ -138,14 +143,17 @@ def register_task(env_id, base, ref_min_score=0.0, ref_max_score=100.0):
         spec = env.spec
     finally:
         env.close()
-    wrappers = [OfflineEnv.wrapper_spec()]
+    wrappers = spec.additional_wrappers
     if (actions.low != -1).any() or (actions.high != 1).any():
         one = np.float32(1)  # of the type of the space's bounds, or Gymnasium warns
-        wrappers.insert(0, RescaleAction.wrapper_spec(min_action=-one, max_action=one))
-    wrappers = (*spec.additional_wrappers, *wrappers)
-    gymnasium.registry[env_id] = dataclasses.replace(
-        spec, id=env_id, additional_wrappers=wrappers, vector_entry_point=None
-    )
+        wrappers += (RescaleAction.wrapper_spec(min_action=-one, max_action=one),)
+    changes = {"id": env_id, "additional_wrappers": _with_d4rls_methods(wrappers)}
+    try:
+        spec = dataclasses.replace(spec, **changes, vector_entry_point=None)
+    except gymnasium.error.Error as error:
+        raise ValueError(f"{env_id!r} is no id of an environment: take name-v0") from error
+    _substituted.pop(env_id, None)
+    gymnasium.registry[env_id] = spec
     dims = observations.shape[0], actions.shape[0]
     scores = float(ref_min_score), float(ref_max_score)
     TASKS[env_id] = Task(env_id, "locomotion", base, *dims, *scores, spec.max_episode_steps)
@@ -164,11 +172,10 @@ def substitute(env_id, spec=None, ref_scores=None):
         ref_scores: the returns that score 0 and 1; None keeps D4RL's.
     """
     restore(env_id)
+    _substituted[env_id] = TASKS[env_id], gymnasium.registry[env_id]
     if spec is not None:
         limit = spec.max_episode_steps or TASKS[env_id].max_episode_steps
-        wrappers = spec.additional_wrappers
-        if OfflineEnv.wrapper_spec() not in wrappers:
-            wrappers = (*wrappers, OfflineEnv.wrapper_spec())
+        wrappers = _with_d4rls_methods(spec.additional_wrappers)
         spec = dataclasses.replace(
             spec, id=env_id, max_episode_steps=limit, additional_wrappers=wrappers
         )
@@ -177,13 +184,9 @@ def substitute(env_id, spec=None, ref_scores=None):
     if ref_scores is not None:
         low, high = ref_scores
         TASKS[env_id] = dataclasses.replace(TASKS[env_id], ref_min_score=low, ref_max_score=high)
-    _substituted.add(env_id)
 
 
 def restore(env_id):
     """Gives a task id its own environment and scores back, where `substitute` took them."""
     if env_id in _substituted:
-        _substituted.remove(env_id)
-        TASKS[env_id] = _D4RL_TASKS[env_id]
-        del gymnasium.registry[env_id]
-        _register(TASKS[env_id])
+        TASKS[env_id], gymnasium.registry[env_id] = _substituted.pop(env_id)

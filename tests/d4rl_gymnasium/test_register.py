@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import d4rl_gymnasium as d4rl
-from d4rl_gymnasium import regenerate
+from d4rl_gymnasium import regenerate, tasks
 from d4rl_gymnasium.__main__ import main
 
 PENDULUM = "pendulum-mine-v0"
@@ -107,6 +107,14 @@ def test_describe_works_for_it(pendulum, file, tmp_path, capsys):
     assert "200 transitions" in capsys.readouterr().out
 
 
+def test_other_data_brings_its_own_environment_back(pendulum, file):
+    tasks.substitute(pendulum, gymnasium.spec("InvertedDoublePendulum-v5"), (0.0, 1.0))
+    assert gymnasium.make(pendulum).observation_space.shape == (9,)
+    d4rl.get_dataset(pendulum, file)
+    assert gymnasium.make(pendulum).observation_space.shape == (4,)
+    assert d4rl.get_normalized_score(pendulum, 1000.0) == 1.0
+
+
 def test_registering_again_replaces_it(pendulum):
     d4rl.register_task(pendulum, "InvertedDoublePendulum-v5")
     known = d4rl.task(pendulum)
@@ -117,7 +125,9 @@ def test_registering_again_replaces_it(pendulum):
 
 
 FAULTS = {
-    "one of D4RL's": ("hopper-medium-v2", "InvertedPendulum-v5", {}, "one of D4RL's tasks"),
+    "one of D4RL's": ("hopper-medium-v2", "InvertedPendulum-v5", {}, "is an environment already"),
+    "Gymnasium's": ("Hopper-v5", "InvertedPendulum-v5", {}, "is an environment already"),
+    "malformed": ("my robot!", "InvertedPendulum-v5", {}, "'my robot!' is no id"),
     "unknown": (PENDULUM, "NoSuchRobot-v0", {}, "cannot make 'NoSuchRobot-v0'"),
     "another simulator": (PENDULUM, "Pendulum-v1", {}, "none of MuJoCo"),
     "discrete actions": (PENDULUM, "CartPole-v1", {}, "only vectors are supported"),
@@ -134,6 +144,7 @@ def test_what_does_not_serve_is_one_line_and_no_task(env_id, base, scores, messa
         d4rl.register_task(env_id, base, **scores)
     assert "\n" not in str(raised.value) and d4rl.TASKS == before
     forget("Endless-v0")
+    assert gymnasium.spec("Hopper-v5").entry_point.endswith("HopperEnv")
     assert PENDULUM not in gymnasium.registry
 
 
