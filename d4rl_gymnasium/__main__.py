@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 from d4rl_gymnasium import minari_io, report
-from d4rl_gymnasium.data import DatasetError, get_dataset, timeouts_of
+from d4rl_gymnasium.data import TRANSITION_KEYS, DatasetError, get_dataset
 from d4rl_gymnasium.tasks import task
+from d4rl_gymnasium.transitions import timeouts_of
 
 AGREEING = 0.99  # of a comparison; below it the file is taken for one of other physics
 
@@ -38,7 +39,7 @@ def check(args):
 
 def to_minari(args):
     """Write a data set for Minari to load."""
-    dataset = get_dataset(args.env, args.data, args.regenerated_size)
+    dataset = get_dataset(args.env, args.data, args.regenerated_size, keys=TRANSITION_KEYS)
     dataset["timeouts"] = timeouts_of(dataset, task(args.env).max_episode_steps)
     dataset_id = args.id or minari_io.default_id(args.env, args.data)
     path = minari_io.write(args.env, dataset, dataset_id, args.data)
@@ -79,6 +80,8 @@ def main(args=None):
         args.run(args)
     except (DatasetError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
 
 
 if __name__ == "__main__":

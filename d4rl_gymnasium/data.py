@@ -1,27 +1,29 @@
-"""D4RL's data: where a file is, what it holds, and the transitions that Q-learning wants of it."""
+"""D4RL's data: where a file is, and its arrays, checked."""
 
 import os
 from pathlib import Path
 
-import h5py
 import numpy as np
 
-from d4rl_gymnasium import minari_io
+from d4rl_gymnasium import hdf5, minari_io
 from d4rl_gymnasium.download import DatasetError, DownloadError, download, one_line
 from d4rl_gymnasium.regenerate import regenerate, regenerated_path, regenerated_tasks
 from d4rl_gymnasium.tasks import restore, task
 
-# Length of an observation and of an action of each robot in D4RL's v2 tasks.
-ROBOT_SHAPES = {"hopper": (11, 3), "walker2d": (17, 6), "halfcheetah": (17, 6), "ant": (29, 8)}
 REQUIRED_KEYS = ("observations", "actions", "rewards", "terminals")
 # Files of D4RL's first version have no timeouts: there the episode limit stands in for them.
-QLEARNING_KEYS = (*REQUIRED_KEYS, "timeouts")
+STEP_KEYS = (*REQUIRED_KEYS, "timeouts")
+# Other transitions than D4RL's may stand in any order, each with its next observation.
+TRANSITION_KEYS = (*STEP_KEYS, "next_observations")
 # Actions come from tanh or np.clip in float32, whose rounding at 1 is 6e-8.
 ACTION_TOLERANCE = 1e-6
 
 
-def get_dataset(env_or_id, data="d4rl", regenerated_size=200_000):
+def get_dataset(env_or_id, data="d4rl", regenerated_size=200_000, *, keys=None):
     """The arrays of a D4RL file as they were recorded, checked.
+
+    An array is read by its name, whether that is its only name or a link, and never from another
+    file than the one named.
 
     Args:
         env_or_id: a task id, or an environment made from one, wrapped or not.
@@ -31,6 +33,7 @@ def get_dataset(env_or_id, data="d4rl", regenerated_size=200_000):
             has the data set's environment and reference scores, see `minari_io`, until other data
             of it is asked for), or the path of an HDF5 file in D4RL's format.
         regenerated_size: number of transitions of regenerated data.
+        keys: names of the arrays to read of a file, where it has them; None reads all.
 
     Returns:
         dict of arrays with one row per step: observations (N, dim) and actions (N, dim), rewards,
@@ -41,54 +44,28 @@ def get_dataset(env_or_id, data="d4rl", regenerated_size=200_000):
         ValueError: unknown task id.
         DatasetError: the data can't be had, or is not what the task needs.
     """
-    return _load(env_or_id, data, regenerated_size, keys=None)
-
-
-def qlearning_dataset(
-    env_or_id, dataset=None, terminate_on_end=False, *, data="d4rl", regenerated_size=200_000
-):
-    """The transitions of a data set, bit for bit those of D4RL's function of this name.
-
-    A next observation is the observation of the next row. Behind a terminal that is the first one
-    of another episode, which bootstrapping never reads; a step that ends by time-out is left out,
-    since its next observation is lost, unless `terminate_on_end` asks for it.
-
-    Args:
-        env_or_id: as in `get_dataset`. Where the data has no timeouts, the episode limit of the
-            environment (of the task, given an id) stands in for them.
-        dataset: arrays to use in place of `data`, as `get_dataset` returns them.
-        terminate_on_end: keep the steps that end by time-out.
-        data: as in `get_dataset`.
-        regenerated_size: as in `get_dataset`.
-
-    Returns:
-        dict of observations (n, dim), actions (n, dim), next_observations (n, dim), rewards (n,),
-        all float32, and terminals (n,), bool.
-
-    Raises:
-        ValueError: unknown task id.
-        DatasetError: as in `get_dataset`, or no transition is left.
-    """
-    if dataset is None:
-        dataset = _load(env_or_id, data, regenerated_size, QLEARNING_KEYS)
-    else:
-        dataset = _checked(dict(dataset), _task_of(env_or_id), "the given dataset")
-    terminals = dataset["terminals"].astype(bool)
-    if terminate_on_end:
-        kept = np.ones(len(terminals), bool)
-    else:
-        kept = ~timeouts_of(dataset, _episode_limit(env_or_id))
-    kept[-1] = False  # the last row has no next one
-    if not kept.any():
-        raise DatasetError("the data holds no transition with a next observation: use another file")
-    observations = dataset["observations"].astype(np.float32, copy=False)
-    return {
-        "observations": observations[kept],
-        "actions": dataset["actions"].astype(np.float32, copy=False)[kept],
-        "next_observations": observations[np.flatnonzero(kept) + 1],
-        "rewards": dataset["rewards"].astype(np.float32, copy=False)[kept],
-        "terminals": terminals[kept],
-    }
+    known = task_of(env_or_id)
+    restore(known.env_id)
+    if _is_minari(data):
+        return _load_minari(known, data)
+    try:
+        path = dataset_path(known.env_id, data, regenerated_size)
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a closed folder, ~ of nobody, a NUL
+        raise DatasetError(
+            f"cannot look for the data {data} ({one_line(error)}): name another path, or set "
+            "D4RL_DATASET_DIR to a folder of yours"
+        ) from error
+    if data == "regenerated":
+        regenerate(known.env_id, regenerated_size, path)
+    elif data == "d4rl":
+        _fetch(known, path)
+    elif not exists or path.is_dir():
+        raise DatasetError(
+            f"{path} is not a file: --data is d4rl, regenerated or the path of an HDF5 file, "
+            "or minari:ID"
+        )
+    return _read(path, known, keys)
 
 
 def dataset_path(env_id, data="d4rl", regenerated_size=200_000):
@@ -96,6 +73,8 @@ def dataset_path(env_id, data="d4rl", regenerated_size=200_000):
     if data == "regenerated":
         return regenerated_path(env_id, regenerated_size, _cache_dir() / "regenerated")
     if data == "d4rl":
+        if not task(env_id).dataset_url:
+            raise DatasetError(f"{env_id} has no data of D4RL: name a file of yours with --data")
         return _cache_dir() / task(env_id).dataset_url.rsplit("/", 1)[1]
     if _is_minari(data):
         raise ValueError(f"{data} is no file: Minari keeps it")
@@ -106,47 +85,29 @@ def _is_minari(data):
     return str(data).startswith(minari_io.PREFIX)
 
 
-def _load(env_or_id, data, regenerated_size, keys):
-    known = _task_of(env_or_id)
-    restore(known.env_id)
-    if _is_minari(data):
-        return _load_minari(known, data)
-    try:
-        path = dataset_path(known.env_id, data, regenerated_size)
-        is_file = path.is_file()
-    except (OSError, RuntimeError) as error:  # a closed folder; ~ of nobody
-        raise DatasetError(
-            f"cannot look for the data {data} ({one_line(error)}): name another path, or set "
-            "D4RL_DATASET_DIR to a folder of yours"
-        ) from error
-    if data == "regenerated":
-        regenerate(known.env_id, regenerated_size, path)
-    elif data == "d4rl":
-        _fetch(known, path)
-    elif not is_file:
-        raise DatasetError(
-            f"{path} is not a file: --data is d4rl, regenerated or the path of an HDF5 file, "
-            "or minari:ID"
-        )
-    arrays, is_regenerated = _read(path, keys)
-    if data == "d4rl" and is_regenerated:
-        raise DatasetError(
-            f"{path} has the name of D4RL's file but was regenerated: move it away, or use "
-            "--data regenerated"
-        )
-    return _checked(arrays, known, path)
+def _cache_dir():
+    return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+
+
+def task_of(env_or_id):
+    """The `Task` of a task id, or of an environment that `gymnasium.make` made from one."""
+    if isinstance(env_or_id, str):
+        return task(env_or_id)
+    if getattr(env_or_id, "spec", None) is None:
+        raise ValueError("need a task id or an environment that gymnasium.make made from one")
+    return task(env_or_id.spec.id)
 
 
 def _load_minari(known, data):
     source = minari_io.load(str(data).removeprefix(minari_io.PREFIX))
-    arrays = _checked(minari_io.arrays_of(source), known, data)
+    arrays = checked(minari_io.arrays_of(source), known, data)
     minari_io.adopt(known.env_id, source)
     return arrays
 
 
 def _fetch(known, path):
     try:
-        download(known.dataset_url, path)
+        download(known.dataset_url, path, sha256=known.dataset_sha256)
     except DownloadError as error:
         makeable = regenerated_tasks()
         instead = "which makes such data on this machine"
@@ -155,120 +116,105 @@ def _fetch(known, path):
         raise DatasetError(
             f"{error}; put the file at {path} by hand, or use --data regenerated, {instead}"
         ) from error
-
-
-def _read(path, keys):
-    """The arrays of an HDF5 file (all but `metadata/`, or those of `keys` that are there)."""
-    arrays = {}
-
-    def collect(name, item):
-        wanted = not name.startswith("metadata/") if keys is None else name in keys
-        if wanted and isinstance(item, h5py.Dataset):
-            arrays[name] = item[()]
-
-    try:
-        # Some network file systems have no locks; nothing writes to a finished file.
-        with h5py.File(path, "r", locking="best-effort") as file:
-            file.visititems(collect)
-            return arrays, "regenerated" in file.attrs
-    except (OSError, RuntimeError, KeyError) as error:
-        fault = "is truncated or damaged" if h5py.is_hdf5(path) else "is not a readable HDF5 file"
+    # Of a file that was there already, as the sum of all its bytes takes a second each time.
+    if path.is_file() and path.stat().st_size != known.dataset_bytes:
         raise DatasetError(
-            f"{path} {fault} ({one_line(error)}): delete it, or put an intact copy there"
-        ) from error
+            f"{path} has the name of D4RL's file but {path.stat().st_size:,} bytes, not "
+            f"{known.dataset_bytes:,}: move it away to download D4RL's, or name it with "
+            f"--data {path} to use it as a file of your own"
+        )
 
 
-def _checked(arrays, known, source):
-    """`arrays` with per-step vectors of shape (N,); a DatasetError names the first fault."""
-    missing = [key for key in REQUIRED_KEYS if key not in arrays]
+def _read(path, known, keys):
+    with hdf5.opened(path) as file:
+        found = {key: hdf5.find(file, key) for key in TRANSITION_KEYS}
+        n = check_layout(found, known, path)
+        for key in hdf5.names(file) if keys is None else keys:
+            if key not in found and _is_per_step(array := hdf5.find(file, key), n):
+                found[key] = array
+        arrays = {}
+        for key, array in found.items():
+            if array is not None and (keys is None or key in keys):
+                values = hdf5.read(array, key)
+                arrays[key] = values[:, 0] if _is_column(key, values) else values
+    check_values(arrays, path)
+    return arrays
+
+
+def _is_per_step(array, n):
+    return array is not None and array.shape[:1] == (n,) and array.dtype.kind in hdf5.NUMBERS
+
+
+def _is_column(key, array):
+    return key in ("rewards", "terminals", "timeouts") and array.ndim == 2
+
+
+def checked(arrays, known, source):
+    """Given arrays of a task, with per-step vectors of shape (N,), or a DatasetError."""
+    arrays = {key: np.asarray(array) for key, array in arrays.items()}
+    n = check_layout(arrays, known, source)
+    arrays = {
+        key: array[:, 0] if _is_column(key, array) else array
+        for key, array in arrays.items()
+        if array.shape[:1] == (n,)
+    }
+    check_values(arrays, source)
+    return arrays
+
+
+def check_layout(arrays, known, source):
+    """Compare shapes and types with those of a task, without reading; returns the number of rows.
+
+    Args:
+        arrays: dict of what has a shape and a dtype, such as `h5py.Dataset`; None is no array.
+        known: `Task`.
+        source: name of the data for messages.
+
+    Raises:
+        DatasetError: a required array is missing, or the first fault.
+    """
+    missing = [key for key in REQUIRED_KEYS if arrays.get(key) is None]
     if missing:
         raise DatasetError(f"{source} has no {', '.join(missing)}: it is not in D4RL's format")
-    n = len(np.atleast_1d(arrays["observations"]))
-    if n == 0:
-        raise DatasetError(f"{source} is empty: use a file that holds transitions")
-    observation_dim, action_dim = ROBOT_SHAPES[known.robot]
-    shapes = {"observations": (n, observation_dim), "actions": (n, action_dim)}
-    for key in QLEARNING_KEYS:
-        if key not in arrays:
+    n = (arrays["observations"].shape or (0,))[0]
+    observations, actions = (n, known.observation_dim), (n, known.action_dim)
+    shapes = {
+        "observations": observations, "next_observations": observations, "actions": actions
+    }  # fmt: skip
+    for key in TRANSITION_KEYS:
+        array, shape = arrays.get(key), shapes.get(key, (n,))
+        if array is None:
             continue
-        array, shape = np.asarray(arrays[key]), shapes.get(key, (n,))
-        if array.shape == (n, 1):
-            array = array[:, 0]
-        if array.shape != shape:
+        if array.shape != shape and (key in shapes or array.shape != (n, 1)):
             raise DatasetError(
                 f"{source}: {key} have shape {array.shape}, {known.env_id} with {n:,} observations "
                 f"needs {shape}: use a file of this task"
             )
-        arrays[key] = array
-    _check_values(arrays, source)
-    return {key: value for key, value in arrays.items() if np.shape(value)[:1] == (n,)}
-
-
-def _check_values(arrays, source):
-    for key in QLEARNING_KEYS:
-        if key in arrays and arrays[key].dtype.kind not in "fiub":
+        if array.dtype.kind not in hdf5.NUMBERS:
             raise DatasetError(f"{source}: {key} are no numbers: it is not in D4RL's format")
-    for key in ("observations", "actions", "rewards"):
+    if n == 0:
+        raise DatasetError(f"{source} is empty: use a file that holds transitions")
+    return n
+
+
+def check_values(arrays, source):
+    """A DatasetError where transitions hold what no environment with actions in [-1, 1] makes."""
+    for key in ("observations", "next_observations", "actions", "rewards"):
+        if key not in arrays:
+            continue
         if not np.isfinite(arrays[key]).all():
             raise DatasetError(f"{source}: {key} hold NaN or infinite values: use an intact file")
-    largest = np.abs(arrays["actions"]).max()
-    if largest > 1 + ACTION_TOLERANCE:
-        raise DatasetError(
-            f"{source}: actions reach {largest:g} in size, the bounds are -1 and 1: rescale them"
-        )
+        with np.errstate(over="ignore"):
+            in_float32 = arrays[key].astype(np.float32, copy=False)
+        if not np.isfinite(in_float32).all():
+            raise DatasetError(f"{source}: {key} hold values that float32 cannot: rescale them")
+        if key == "actions" and (largest := np.abs(in_float32).max()) > 1 + ACTION_TOLERANCE:
+            raise DatasetError(
+                f"{source}: actions reach {largest:g} in size, the bounds are -1 and 1: rescale "
+                "them"
+            )
     for key in ("terminals", "timeouts"):
         if key in arrays and not np.isin(arrays[key], (0, 1)).all():
             raise DatasetError(
                 f"{source}: {key} hold values other than 0 and 1: use an intact file"
             )
-
-
-def episode_starts(dataset):
-    """First rows of the episodes of a `qlearning_dataset`, in order, (E,).
-
-    An episode begins after a terminal and where an observation is not the next observation of the
-    row before.
-    """
-    observations, following = dataset["observations"], dataset["next_observations"]
-    first = np.ones(len(observations), bool)
-    joined = (observations[1:] == following[:-1]).all(1)
-    first[1:] = dataset["terminals"][:-1].astype(bool) | ~joined
-    return np.flatnonzero(first)
-
-
-def timeouts_of(dataset, limit):
-    """The timeouts of arrays of `get_dataset`, (N,) bool; a limit in steps stands in for them."""
-    if "timeouts" in dataset:
-        return dataset["timeouts"].astype(bool)
-    return _limit_steps(dataset["terminals"].astype(bool), limit)
-
-
-def _limit_steps(terminals, limit):
-    """Mark the rows at which D4RL's step count reaches the episode limit.
-
-    D4RL sets the count to 0 at the end of an episode and then adds the row if it keeps it: behind
-    a terminal, which is kept, the count begins at 1, behind a time-out, which is not, at 0.
-    """
-    marks = np.zeros(len(terminals), bool)
-    start, count = 0, 0
-    for end in np.append(np.flatnonzero(terminals), len(terminals) - 1):
-        marks[start + limit - 1 - count : end + 1 : limit] = True
-        start, count = end + 1, 0 if marks[end] else 1
-    return marks
-
-
-def _cache_dir():
-    return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-
-
-def _task_of(env_or_id):
-    if isinstance(env_or_id, str):
-        return task(env_or_id)
-    if getattr(env_or_id, "spec", None) is None:
-        raise ValueError("need a task id or an environment that gymnasium.make made from one")
-    return task(env_or_id.spec.id)
-
-
-def _episode_limit(env_or_id):
-    of_env = None if isinstance(env_or_id, str) else env_or_id.spec.max_episode_steps
-    return of_env or _task_of(env_or_id).max_episode_steps

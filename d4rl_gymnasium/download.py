@@ -1,8 +1,10 @@
-"""A download that survives bad lines: resume, retries, stall time-out, length check, lock."""
+"""A download that survives bad lines and servers: resume, retries, stall time-out, sum, lock."""
 
 import contextlib
+import hashlib
 import http.client
 import os
+import stat
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +21,9 @@ RETRIED_CLIENT_ERRORS = (408, 429)
 
 class DatasetError(Exception):
     """A problem with a data file or its download, told in one line: what is wrong, what to do."""
+
+    def __init__(self, message):
+        super().__init__(one_line(message))  # a path may hold a line break
 
 
 class DownloadError(DatasetError):
@@ -62,22 +67,29 @@ def exclusive(path):
         except Timeout:
             print(f"data: waiting for another process that makes {path}", flush=True)
             lock.acquire()
+        except NotImplementedError as error:
+            raise DatasetError(
+                f"the file system of {path} has no locks: set D4RL_DATASET_DIR to a folder of "
+                "another one"
+            ) from error
     try:
         yield
     finally:
         lock.release()
 
 
-def download(url, path, *, attempts=5, first_delay=1.0, stall_timeout=30.0):
+def download(url, path, *, sha256=None, attempts=5, first_delay=1.0, stall_timeout=30.0):
     """Fetch `url` to `path` unless it is there, and return `path`.
 
-    The body goes to `path` + `.part`, which a later call continues; it gets its name when it
-    has the length that the server announced. Server errors, lost connections and stalls are
-    retried with exponential backoff; other client errors (403, 404) are final.
+    The body goes to `path` + `.part`, which a later call continues if the server still has the
+    same file (what it calls that file stands in `.part.tag`). It gets its name when it has the
+    length that the server announced and the given sum. Server errors, lost connections and stalls
+    are retried with exponential backoff; other client errors (403, 404) are final.
 
     Args:
         url: `http` or `https` address.
         path: where the finished file goes; its folder is made.
+        sha256: of the whole file in hexadecimal digits; what has another sum is dropped.
         attempts: tries in a row that bring nothing new before it gives up.
         first_delay: seconds before the second try; doubles with each further one.
         stall_timeout: seconds without a byte after which a connection counts as lost.
@@ -87,26 +99,53 @@ def download(url, path, *, attempts=5, first_delay=1.0, stall_timeout=30.0):
         DatasetError: the disk can't be written.
     """
     path = Path(path)
-    part = Path(f"{path}.part")
+    part, tag = Path(f"{path}.part"), Path(f"{path}.part.tag")
     if path.exists():  # finished; its folder may be one where no lock can be made
         return path
     with exclusive(path):
         if not path.exists():
             print(f"data: downloading {url} to {path}", flush=True)
-            _fetch_with_retries(url, part, attempts, first_delay, stall_timeout)
+            _refuse_links(part, tag)
+            _fetch_with_retries(url, part, tag, attempts, first_delay, stall_timeout)
             with writing(path):
-                os.replace(part, path)
+                found = _sha256(part) if sha256 else None
+                tag.unlink(missing_ok=True)
+                if found == sha256:
+                    os.replace(part, path)
+                else:
+                    part.unlink()
+        if not path.exists():
+            raise DownloadError(
+                f"cannot download {url}: what came is another file (SHA-256 {found}, not "
+                f"{sha256}), as when a proxy or a login page answers in its place"
+            )
     return path
 
 
-def _fetch_with_retries(url, part, attempts, first_delay, stall_timeout):
+def _refuse_links(*paths):
+    """The downloader writes to files of its own alone, not to what a link, say, leads to."""
+    for path in paths:
+        with writing(path), contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                raise DatasetError(f"{path} is no regular file but a link, say: move it away")
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(CHUNK_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _fetch_with_retries(url, part, tag, attempts, first_delay, stall_timeout):
     """Complete `part`. Only growth past its largest size so far starts the count of tries anew,
     so a server that always sends the same half from the start can't keep it going for ever.
     """
     failures, largest = 0, _size(part)
     while True:
         try:
-            return _fetch_once(url, part, stall_timeout)
+            return _fetch_once(url, part, tag, stall_timeout)
         except urllib.error.HTTPError as error:
             error.close()
             reason = f"HTTP {error.code} {error.reason}"
@@ -123,12 +162,13 @@ def _fetch_with_retries(url, part, attempts, first_delay, stall_timeout):
         time.sleep(delay)
 
 
-def _fetch_once(url, part, stall_timeout):
+def _fetch_once(url, part, tag, stall_timeout):
     """One request that continues `part`; returns when it is complete, else raises."""
-    start = _size(part)
+    start, version = _size(part), _stored(tag)
     request = urllib.request.Request(url, headers={"User-Agent": "d4rl_gymnasium"})
-    if start:
+    if start and version:
         request.add_header("Range", f"bytes={start}-")
+        request.add_header("If-Range", version)  # the whole file, if it has become another
     try:
         response = urllib.request.urlopen(request, timeout=stall_timeout)
     except urllib.error.HTTPError as error:
@@ -141,11 +181,24 @@ def _fetch_once(url, part, stall_timeout):
         raise _Retry("the partial file does not fit the server's file") from error
     with response:
         if response.status != 206:
-            start = 0  # the server ignores ranges and sends the whole file
+            start = 0  # another file, or the server ignores ranges: it sends the whole file
+            with writing(tag):
+                part.unlink(missing_ok=True)  # before its tag becomes that of another file
+                tag.write_text(_version(response.headers))
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             part.unlink()
             raise _Retry("the server sent another range than the one asked for")
         _write_body(response, part, start)
+
+
+def _version(headers):
+    """What If-Range may be given of an answer's version (RFC 9110: no weak tag), or nothing."""
+    tag = headers.get("ETag", "")
+    return tag if tag.startswith('"') else headers.get("Last-Modified", "")
+
+
+def _stored(tag):
+    return one_line(tag.read_text("ascii", "ignore")) if tag.exists() else ""
 
 
 def _write_body(response, part, start):
@@ -157,6 +210,8 @@ def _write_body(response, part, start):
         while data := _read(response):
             file.write(data)
             bar.update(len(data))
+        file.flush()
+        os.fsync(file.fileno())
     if total is not None and _size(part) != total:
         raise _Retry(f"the connection closed after {_size(part):,} of {total:,} bytes")
 

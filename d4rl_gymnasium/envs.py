@@ -12,6 +12,7 @@ import mujoco
 import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.spaces import Box
+from gymnasium.utils import RecordConstructorArgs
 from gymnasium.wrappers import (
     OrderEnforcing,
     PassiveEnvChecker,
@@ -29,7 +30,6 @@ RENDER_MODES = ["human", "rgb_array", "depth_array", "rgbd_tuple"]
 _PHYSICS = json.loads((ASSETS / "physics.json").read_text())
 # Everything that a step depends on, the solver's warm start included.
 _INTEGRATION_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
-_STATELESS_WRAPPERS = (PassiveEnvChecker, TransformAction, TransformObservation, TransformReward)
 _warned_about_mujoco = False
 
 
@@ -126,6 +126,31 @@ class D4RLEnv(MujocoEnv):
         """Takes a dictionary that `task_state` made."""
 
 
+class OfflineEnv(gymnasium.Wrapper, RecordConstructorArgs):
+    """What D4RL's environments have beside Gymnasium's methods, around each task's environment."""
+
+    def __init__(self, env):
+        RecordConstructorArgs.__init__(self)
+        gymnasium.Wrapper.__init__(self, env)
+
+    def get_dataset(self, h5path=None):
+        """The task's data set, D4RL's or that of the file `h5path`; see `get_dataset`."""
+        from d4rl_gymnasium.data import get_dataset
+
+        return get_dataset(self, h5path or "d4rl")
+
+    def get_normalized_score(self, score):
+        """A return as a fraction of the reference scores; see `get_normalized_score`."""
+        from d4rl_gymnasium.tasks import get_normalized_score
+
+        return get_normalized_score(self.spec.id, score)
+
+
+_STATELESS_WRAPPERS = (
+    OfflineEnv, PassiveEnvChecker, TransformAction, TransformObservation, TransformReward
+)  # fmt: skip
+
+
 def _wrapper_states(env):
     """Yields the outermost wrappers first, each with the name of its one changing attribute."""
     while isinstance(env, gymnasium.Wrapper):
@@ -145,10 +170,13 @@ def get_env_state(env):
     """Returns the complete state of a MuJoCo environment as plain Python values.
 
     `env` may be wrapped as `gymnasium.make` does, and by wrappers that only transform
-    observations, actions or rewards; any other wrapper is a ValueError. The dictionary holds
-    numbers, strings, lists and dictionaries, so `torch.load(weights_only=True)` reads it back.
+    observations, actions or rewards; any other wrapper or simulator is a ValueError. The
+    dictionary holds numbers, strings, lists and dictionaries, so `torch.load(weights_only=True)`
+    reads it back.
     """
     base = env.unwrapped
+    if not isinstance(base, MujocoEnv):
+        raise ValueError(f"the state of {env.spec.id} cannot be saved: it is none of MuJoCo")
     physics = np.empty(mujoco.mj_stateSize(base.model, _INTEGRATION_STATE))
     mujoco.mj_getState(base.model, base.data, physics, _INTEGRATION_STATE)
     return {

@@ -18,7 +18,6 @@ from unittest import mock
 
 import gymnasium
 import numpy as np
-from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.spaces import Box
 
 from d4rl_gymnasium.download import DatasetError, one_line, writing
@@ -139,12 +138,10 @@ def _environment_spec(env_id, dataset):
         if not (np.all(env.action_space.low == -1) and np.all(env.action_space.high == 1)):
             raise DatasetError(f"{wanted} has actions outside -1 and 1: use another")
         try:
-            if not isinstance(env.unwrapped, MujocoEnv):
-                raise ValueError("it is none of MuJoCo")
             env.reset()
             get_env_state(env)
         except ValueError as error:
-            raise DatasetError(f"the state of {wanted} cannot be saved: {error}") from error
+            raise DatasetError(f"{wanted} does not serve: {error}") from error
     return env.spec
 
 
@@ -205,13 +202,18 @@ def episodes(env_id, dataset):
     The last observation of an episode is its last row's next one. Where the file has no next
     observations, an episode that ends by time-out loses its last step, and behind a terminal,
     where nothing is ever bootstrapped from, the last observation stands twice.
+
+    Raises:
+        DatasetError: the rows are not in the order of their episodes.
     """
     from minari.data_collector import EpisodeBuffer
 
     from d4rl_gymnasium.report import episode_bounds
+    from d4rl_gymnasium.transitions import require_order
 
     following = dataset.get("next_observations")
     terminals, timeouts = dataset["terminals"].astype(bool), dataset["timeouts"].astype(bool)
+    require_order(dataset, terminals | timeouts)
     buffers = []
     for start, end in zip(*episode_bounds(dataset, task(env_id).family == "antmaze"), strict=True):
         steps = slice(start, end)

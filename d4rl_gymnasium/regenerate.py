@@ -112,6 +112,8 @@ def _policies(env_id):
 
     Empty where files are missing.
     """
+    if not TASKS[env_id].dataset_url:
+        return []  # none of D4RL's tasks
     if TASKS[env_id].family == "antmaze":
         policy = POLICIES / "ant-goal.npz"
         return [policy] if policy.exists() else []

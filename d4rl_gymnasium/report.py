@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 
 from d4rl_gymnasium.antmaze import MAZES, cell_center, cells
-from d4rl_gymnasium.data import DatasetError, get_dataset
+from d4rl_gymnasium.data import STEP_KEYS, DatasetError, get_dataset
 from d4rl_gymnasium.tasks import get_normalized_score, task
 
 QUANTILES = (0, 10, 50, 90, 100)
@@ -53,7 +53,7 @@ def describe(env_id, data="d4rl", regenerated_size=200_000):
     Raises:
         ValueError, DatasetError: as in `get_dataset`.
     """
-    dataset = get_dataset(env_id, data, regenerated_size)
+    dataset = get_dataset(env_id, data, regenerated_size, keys=(*STEP_KEYS, "infos/goal"))
     in_maze = task(env_id).family == "antmaze"
     starts, ends = episode_bounds(dataset, in_maze)
     returns = np.add.reduceat(dataset["rewards"].astype(np.float64), starts)
@@ -201,7 +201,8 @@ def check(env_id, path, limit=20_000, seed=0):
     Raises:
         ValueError, DatasetError: as in `get_dataset`, or nothing can be replayed.
     """
-    dataset = get_dataset(env_id, str(path))
+    infos = ("infos/qpos", "infos/qvel", "infos/rewarded_goal")
+    dataset = get_dataset(env_id, str(path), keys=(*STEP_KEYS, *infos))
     env = gymnasium.make(env_id).unwrapped
     env.reset(seed=seed)
     qpos, qvel, usable, states = _states(env, dataset)

@@ -3,9 +3,15 @@
 `sample_hopper.hdf5` and the digests of what D4RL 1.1 made of it were recorded with that program.
 """
 
+import dataclasses
 import hashlib
 import json
+import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -68,6 +74,18 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def sample_is_d4rls(monkeypatch):
+    """Makes the sample the file that D4RL's server has for the task."""
+    content = SAMPLE.read_bytes()
+    known = dataclasses.replace(
+        d4rl.task(HOPPER),
+        dataset_bytes=len(content),
+        dataset_sha256=hashlib.sha256(content).hexdigest(),
+    )
+    monkeypatch.setitem(d4rl.TASKS, HOPPER, known)
 
 
 @pytest.fixture
@@ -178,7 +196,7 @@ def test_the_shapes_are_those_of_the_environments(robot):
         if env_id.startswith(robot):
             env = gymnasium.make(env_id)
             dims = (env.observation_space.shape[0], env.action_space.shape[0])
-            assert data_module.ROBOT_SHAPES[known.robot] == dims
+            assert (known.observation_dim, known.action_dim) == dims
             env.close()
             return
 
@@ -242,7 +260,7 @@ def test_an_action_rounded_past_its_bound_is_no_fault(write):
 def test_a_file_that_is_not_hdf5(tmp_path, content):
     path = tmp_path / "data.hdf5"
     path.write_bytes(content)
-    with pytest.raises(d4rl.DatasetError, match="data.hdf5 is not a readable HDF5 file"):
+    with pytest.raises(d4rl.DatasetError, match="data.hdf5 is not an HDF5 file.*name another"):
         d4rl.get_dataset(HOPPER, path)
 
 
@@ -251,9 +269,8 @@ def test_a_truncated_file(tmp_path, share):
     path = tmp_path / "data.hdf5"
     content = SAMPLE.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(d4rl.DatasetError, match="data.hdf5 is truncated or damaged") as raised:
+    with pytest.raises(d4rl.DatasetError, match="data.hdf5 is truncated .*copy it here anew"):
         d4rl.get_dataset(HOPPER, path)
-    assert "\n" not in str(raised.value)
 
 
 def test_a_damaged_file(tmp_path):
@@ -263,7 +280,7 @@ def test_a_damaged_file(tmp_path):
         chunk = file["observations"].id.get_chunk_info(0)
     content[chunk.byte_offset : chunk.byte_offset + chunk.size] = bytes(chunk.size)
     path.write_bytes(content)
-    with pytest.raises(d4rl.DatasetError, match="data.hdf5 is truncated or damaged"):
+    with pytest.raises(d4rl.DatasetError, match="data.hdf5 is damaged.*use an intact copy"):
         d4rl.get_dataset(HOPPER, path)
 
 
@@ -288,7 +305,7 @@ def test_the_cache_is_d4rls(cache, monkeypatch):
     assert d4rl.dataset_path(HOPPER, "~/mine.hdf5") == Path.home() / "mine.hdf5"
 
 
-def test_a_cached_file_needs_no_network(cache, monkeypatch):
+def test_a_cached_file_needs_no_network(cache, monkeypatch, sample_is_d4rls):
     monkeypatch.setattr("urllib.request.urlopen", None)
     shutil.copy(SAMPLE, d4rl.dataset_path(HOPPER))
     result = d4rl.qlearning_dataset(gymnasium.make(HOPPER))
@@ -296,7 +313,7 @@ def test_a_cached_file_needs_no_network(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("data", ["d4rl", "regenerated"])
-def test_a_cached_file_needs_no_lock(cache, monkeypatch, data):
+def test_a_cached_file_needs_no_lock(cache, monkeypatch, sample_is_d4rls, data):
     """Where the folder is another user's, say."""
     path = d4rl.dataset_path(HOPPER, data)
     path.parent.mkdir(exist_ok=True)
@@ -312,14 +329,14 @@ def test_a_path_that_cannot_be_looked_at_is_one_clear_error(monkeypatch):
     def closed(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "is_file", closed)
+    monkeypatch.setattr(Path, "exists", closed)
     with pytest.raises(d4rl.DatasetError, match="Permission denied.*: name another path, or set"):
         d4rl.get_dataset(HOPPER, "/closed/x.hdf5")
 
 
 @pytest.mark.parametrize("env_id", [HOPPER, "antmaze-umaze-v2"])
 def test_a_failed_download_names_url_path_and_the_other_way(cache, monkeypatch, env_id):
-    def fail(url, path):
+    def fail(url, path, sha256):
         raise DownloadError(f"cannot download {url}: HTTP 404 Not Found")
 
     monkeypatch.setattr(data_module, "download", fail)
@@ -336,9 +353,10 @@ def test_a_failed_download_names_url_path_and_the_other_way(cache, monkeypatch, 
     assert "\n" not in message
 
 
-def test_a_download_lands_in_the_cache(cache, monkeypatch):
-    def copy(url, path):
+def test_a_download_lands_in_the_cache(cache, monkeypatch, sample_is_d4rls):
+    def copy(url, path, sha256):
         assert url == d4rl.task(HOPPER).dataset_url
+        assert sha256 == hashlib.sha256(SAMPLE.read_bytes()).hexdigest()
         shutil.copy(SAMPLE, path)
 
     monkeypatch.setattr(data_module, "download", copy)
@@ -346,11 +364,79 @@ def test_a_download_lands_in_the_cache(cache, monkeypatch):
     assert (cache / "hopper_medium-v2.hdf5").exists()
 
 
-def test_a_regenerated_file_does_not_pass_for_d4rls(cache, write):
-    path = write()
-    with h5py.File(path, "a") as file:
-        file.attrs["regenerated"] = True
-    assert len(d4rl.get_dataset(HOPPER, path)["rewards"]) == 20
-    shutil.copy(path, d4rl.dataset_path(HOPPER))
-    with pytest.raises(d4rl.DatasetError, match="has the name of D4RL's file but was regenerated"):
+def test_another_file_does_not_pass_for_d4rls(cache):
+    path = d4rl.dataset_path(HOPPER)
+    shutil.copy(SAMPLE, path)
+    size = f"{len(SAMPLE.read_bytes()):,} bytes, not 152,756,557"
+    with pytest.raises(d4rl.DatasetError, match=f"name of D4RL's file but {size}: move it away"):
         d4rl.get_dataset(HOPPER)
+    assert len(d4rl.get_dataset(HOPPER, path)["rewards"]) == 400  # as the message says
+
+
+def test_the_sums_of_d4rls_files_are_known():
+    sums = {known.dataset_sha256 for known in d4rl.TASKS.values()}
+    assert len(sums) == 24 and all(re.fullmatch("[0-9a-f]{64}", digest) for digest in sums)
+    assert all(5e7 < known.dataset_bytes < 5e8 for known in d4rl.TASKS.values())
+    maze = d4rl.task("antmaze-medium-play-v2")
+    assert (maze.dataset_bytes, maze.dataset_sha256[:8]) == (231_110_764, "c9fec1c1")
+
+
+# --- where the file is, and who else uses it ---
+
+
+def test_a_file_that_another_program_writes_is_named_as_that(write):
+    path = write()
+    code = f"import h5py; f = h5py.File({str(path)!r}, 'a'); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as writer:
+        writer.stdout.readline()
+        with pytest.raises(d4rl.DatasetError, match="is open in another program") as raised:
+            d4rl.get_dataset(HOPPER, path)
+        writer.communicate("done\n")
+    assert "delete" not in str(raised.value) and "damaged" not in str(raised.value)
+    assert len(d4rl.get_dataset(HOPPER, path)["rewards"]) == 20
+
+
+def test_a_file_whose_writer_crashed_names_the_cure(tmp_path):
+    path = tmp_path / "data.hdf5"
+    code = f"""import h5py, os; f = h5py.File({str(path)!r}, 'w', libver='latest')
+f['x'] = 1; f.swmr_mode = True; f.flush(); os._exit(0)"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(d4rl.DatasetError, match="is open in .*crashed, run h5clear -s .*data.hdf5"):
+        d4rl.get_dataset(HOPPER, path)
+
+
+def test_a_file_without_leave_to_read_it_is_one_line(write, monkeypatch):
+    path = write()
+    path.chmod(0)
+    if os.access(path, os.R_OK):  # as root
+
+        def closed(name, *args, real=open):
+            if name == path:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(name, *args)
+
+        monkeypatch.setattr("builtins.open", closed)
+    with pytest.raises(d4rl.DatasetError, match="cannot read .*Permission denied.*get leave"):
+        d4rl.get_dataset(HOPPER, path)
+
+
+@pytest.mark.parametrize("in_cache", [False, True])
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_a_pipe_or_socket_is_refused_not_waited_for(cache, monkeypatch, kind, in_cache):
+    monkeypatch.chdir(cache)  # the name of a socket must be short
+    name = d4rl.dataset_path(HOPPER).name
+    with socket.socket(socket.AF_UNIX) as listener:
+        if kind == "pipe":
+            os.mkfifo(name)
+        else:
+            listener.bind(name)
+        with pytest.raises(d4rl.DatasetError, match="is no regular file"):
+            d4rl.get_dataset(HOPPER, "d4rl" if in_cache else name)
+
+
+def test_a_line_break_in_a_path_does_not_break_the_line(tmp_path):
+    with pytest.raises(d4rl.DatasetError) as raised:
+        d4rl.get_dataset(HOPPER, tmp_path / "a\nb.hdf5")
+    assert "a b.hdf5 is not a file" in str(raised.value) and "\n" not in str(raised.value)

@@ -1,5 +1,6 @@
 """Downloads against a real HTTP server on loopback whose faults are scripted per request."""
 
+import hashlib
 import http.server
 import os
 import re
@@ -10,9 +11,11 @@ import time
 
 import pytest
 
-from d4rl_gymnasium.download import DatasetError, download
+from d4rl_gymnasium.download import DatasetError, DownloadError, download
 
 BODY = bytes(range(256)) * 400
+SHA256 = hashlib.sha256(BODY).hexdigest()
+VERSION = '"5f3-1a"'
 FAST = {"first_delay": 0.01, "stall_timeout": 10}
 
 
@@ -28,6 +31,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         server = self.server
         with server.guard:
             server.ranges.append(self.headers.get("Range"))
+            server.versions.append(self.headers.get("If-Range"))
             step = server.script.pop(0) if server.script else "ok"
         if isinstance(step, int):
             self.send_error(step)
@@ -37,8 +41,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._body(step)
 
     def _body(self, step):
-        start = 0
-        if self.headers.get("Range") and step != "no-range":
+        start, version = 0, self.server.version
+        same = self.headers.get("If-Range") in (None, version)
+        if self.headers.get("Range") and step != "no-range" and same:
             start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
         if start >= len(BODY):
             self.send_response(416)
@@ -47,6 +52,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(206 if start else 200)
+        if version:
+            self.send_header("ETag" if '"' in version else "Last-Modified", version)
         if start:
             start = 0 if step == "wrong-range" else start
             self.send_header("Content-Range", f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
@@ -73,7 +80,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.script, server.ranges, server.sent = [], [], 0
+    server.script, server.ranges, server.versions, server.sent = [], [], [], 0
+    server.version = VERSION
     server.guard, server.release = threading.Lock(), threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}/data/file.hdf5"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -90,19 +98,25 @@ def path(tmp_path):
     return tmp_path / "cache" / "file.hdf5"
 
 
-def part_of(path):
+def part_of(path, version=VERSION):
+    """The partial file of an earlier try, which got `version` of the file."""
     path.parent.mkdir(exist_ok=True)
+    path.with_name(path.name + ".part.tag").write_text(version)
     return path.with_name(path.name + ".part")
+
+
+def files_of(path):
+    return sorted(x.name for x in path.parent.iterdir() if x.suffix != ".lock")
 
 
 def test_success_leaves_the_whole_file_and_no_partial_one(server, path):
     assert download(server.url, path, **FAST) == path
     assert path.read_bytes() == BODY
-    assert not part_of(path).exists()
+    assert files_of(path) == ["file.hdf5"]
 
 
 def test_a_present_file_is_not_fetched_again(server, path):
-    part_of(path)
+    path.parent.mkdir()
     path.write_bytes(b"already here")
     download(server.url, path, **FAST)
     assert path.read_bytes() == b"already here"
@@ -264,10 +278,86 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(server, tmp_path):
         download(server.url, tmp_path / "file" / "data.hdf5", **FAST)
 
 
-def test_a_full_disk_is_not_mistaken_for_a_bad_line(server, path):
+def test_a_full_disk_is_not_mistaken_for_a_bad_line(server, path, monkeypatch):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
-    part_of(path).symlink_to("/dev/full")
-    with pytest.raises(DatasetError, match="No space left on device"):
+    monkeypatch.setattr("builtins.open", lambda *args, real=open: real("/dev/full", args[1]))
+    with pytest.raises(DatasetError, match="No space left on device.*make room"):
         download(server.url, path, **FAST)
     assert len(server.ranges) == 1
+
+
+@pytest.mark.parametrize("version", [VERSION, "Sat, 01 Jan 2022 00:00:00 GMT"])
+def test_the_version_of_the_partial_file_is_asked_for(server, path, version):
+    server.version = version
+    server.script = ["truncate", "ok"]
+    download(server.url, path, sha256=SHA256, **FAST)
+    assert path.read_bytes() == BODY
+    assert server.versions == [None, version]
+    assert server.ranges == [None, f"bytes={len(BODY) // 2}-"]
+
+
+@pytest.mark.parametrize("version", ['"another"', "", "\x00\xff\n\nRange: bytes=1-"])
+def test_a_partial_file_of_another_version_or_of_none_is_no_start(server, path, version):
+    part_of(path, version).write_bytes(b"x" * 1000)
+    download(server.url, path, **FAST)
+    assert path.read_bytes() == BODY
+    assert server.sent == len(BODY)
+
+
+@pytest.mark.parametrize("version", ['W/"weak"', None])
+def test_a_server_that_names_no_exact_version_sends_the_file_anew(server, path, version):
+    server.version = version
+    server.script = ["truncate"]
+    download(server.url, path, **FAST)
+    assert path.read_bytes() == BODY
+    assert server.ranges == [None, None]
+
+
+def test_another_sum_never_gets_the_name(server, path):
+    with pytest.raises(DownloadError, match=f"SHA-256 {SHA256}, not {'0' * 64}.*login page"):
+        download(server.url, path, sha256="0" * 64, **FAST)
+    assert files_of(path) == [] and len(server.ranges) == 1
+    download(server.url, path, sha256=SHA256, **FAST)
+    assert path.read_bytes() == BODY
+
+
+def test_a_partial_file_that_was_changed_is_found_by_its_sum(server, path):
+    part_of(path).write_bytes(b"x" * 1000)
+    with pytest.raises(DownloadError, match="another file"):
+        download(server.url, path, sha256=SHA256, **FAST)
+    assert server.ranges == ["bytes=1000-"] and files_of(path) == []
+
+
+@pytest.mark.parametrize("name", ["file.hdf5.part", "file.hdf5.part.tag"])
+@pytest.mark.parametrize("make", ["link", "dangling", "pipe"])
+def test_a_link_in_the_place_of_a_partial_file_is_refused(server, path, tmp_path, name, make):
+    path.parent.mkdir()
+    precious = tmp_path / "precious"
+    if make == "pipe":
+        os.mkfifo(path.parent / name)
+    else:
+        (path.parent / name).symlink_to(precious)
+    if make == "link":
+        precious.write_text("of another program")
+    with pytest.raises(DatasetError, match=f"{name} is no regular file but a link, say: move it"):
+        download(server.url, path, **FAST)
+    assert server.ranges == [] and not path.exists()
+    assert precious.exists() == (make == "link")
+    assert make != "link" or precious.read_text() == "of another program"
+
+
+def test_a_file_system_without_locks_is_one_line(server, path, monkeypatch):
+    def acquire(lock, timeout):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("d4rl_gymnasium.download.FileLock.acquire", acquire)
+    with pytest.raises(DatasetError, match="has no locks: set D4RL_DATASET_DIR"):
+        download(server.url, path, **FAST)
+
+
+def test_the_file_is_on_the_disk_before_it_has_its_name(server, path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+    download(server.url, path, **FAST)
+    assert synced == [len(BODY)]

@@ -172,6 +172,13 @@ def test_minari_loads_episodes_with_their_last_observation(minari, hopper, tmp_p
         assert not episode.terminations[:-1].any() and not episode.truncations[:-1].any()
 
 
+def test_shuffled_rows_are_no_episodes(minari, hopper, tmp_path):
+    path = write(tmp_path / "a.hdf5", {key: array[::-1] for key, array in hopper.items()})
+    with pytest.raises(SystemExit, match="^error: the rows are no episodes in order"):
+        main(["to-minari", HOPPER, "--data", path, "--id", "name-v0"])
+    assert not minari.list_local_datasets()
+
+
 def test_the_environment_and_d4rls_scores_are_recorded(minari, hopper, tmp_path):
     main(["to-minari", HOPPER, "--data", write(tmp_path / "a.hdf5", hopper), "--id", "name-v0"])
     dataset = minari.load_dataset("name-v0")
@@ -357,7 +364,7 @@ class PlainEnv(gymnasium.Env):
         ("walker-v0", r"observations have shape \(.*17\), hopper-medium-v2 .* needs \(.*11\)"),
         ("short-v0", "episode 0 of Minari's short-v0 has 5 observations and 5 steps"),
         ("lost-v0", "Temporary-v0, cannot be made .*no_such_package"),
-        ("no-mujoco-v0", "state of the environment of Minari's no-mujoco-v0, Temporary-v0, cannot"),
+        ("no-mujoco-v0", "no-mujoco-v0, Temporary-v0, does not serve: .* it is none of MuJoCo"),
     ],
 )
 def test_a_data_set_that_does_not_serve_is_one_line(minari, hopper, capsys, dataset_id, message):

@@ -220,3 +220,13 @@ def test_errors_end_in_one_line(args, part):
         main(args)
     message = stop.value.code
     assert message.startswith("error: ") and part in message and "\n" not in message
+
+
+def test_ctrl_c_is_one_line(monkeypatch, tmp_path):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "describe", interrupted)
+    with pytest.raises(SystemExit, match="^error: interrupted$"):
+        main(["describe", HOPPER, "--data", str(SAMPLE), "--pictures", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,161 @@
+"""An environment that is not in D4RL's list becomes a task in one call."""
+
+import gymnasium
+import h5py
+import numpy as np
+import pytest
+
+import d4rl_gymnasium as d4rl
+from d4rl_gymnasium import regenerate, tasks
+from d4rl_gymnasium.__main__ import main
+
+PENDULUM = "pendulum-mine-v0"
+
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture
+def pendulum():
+    """A robot with one action, whose own bounds are -3 and 3."""
+    d4rl.register_task(PENDULUM, "InvertedPendulum-v5", 5.0, 1000.0)
+    yield PENDULUM
+    forget(PENDULUM)
+
+
+def forget(env_id):
+    d4rl.TASKS.pop(env_id, None)
+    gymnasium.registry.pop(env_id, None)
+
+
+def rollout(env, actions, seed=0):
+    observations = [env.reset(seed=seed)[0]]
+    for action in actions:
+        observations.append(env.step(action)[0])
+    return np.array(observations)
+
+
+@pytest.fixture
+def file(pendulum, tmp_path):
+    """200 steps of it, with no time-outs."""
+    env, rng = gymnasium.make(pendulum), np.random.default_rng(0)
+    observation, _ = env.reset(seed=0)
+    rows = []
+    for _ in range(200):
+        action = rng.uniform(-1, 1, 1).astype(np.float32)
+        following, reward, terminated, _, _ = env.step(action)
+        rows.append((observation, action, reward, terminated))
+        observation = env.reset()[0] if terminated else following
+    path = tmp_path / "mine.hdf5"
+    with h5py.File(path, "w") as file:
+        keys = ("observations", "actions", "rewards", "terminals")
+        for key, column in zip(keys, zip(*rows, strict=True), strict=True):
+            file[key] = np.array(column)
+    return str(path)
+
+
+def test_the_task_has_the_environment_with_actions_between_the_bounds(pendulum):
+    known = d4rl.task(pendulum)
+    assert (known.observation_dim, known.action_dim, known.max_episode_steps) == (4, 1, 1000)
+    assert known.family == "locomotion"
+    env, own = gymnasium.make(pendulum), gymnasium.make("InvertedPendulum-v5")
+    assert env.action_space == gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    actions = np.array([[0.2], [-0.1], [1.0]], np.float32)
+    # Rescaling rounds in float32.
+    np.testing.assert_allclose(rollout(env, actions), rollout(own, 3 * actions), atol=1e-6)
+    assert own.action_space.high == 3  # Gymnasium's id is what it was
+    assert env.get_normalized_score(502.5) == 0.5
+    assert d4rl.get_normalized_score(pendulum, 1000.0) == 1.0
+
+
+def test_its_file_is_read_with_one_action(pendulum, file):
+    data = d4rl.qlearning_dataset(pendulum, data=file)
+    assert data["actions"].shape == (199, 1) and data["observations"].shape == (199, 4)
+    raw = gymnasium.make(pendulum).get_dataset(file)
+    assert raw["actions"].shape == (200, 1)
+    with pytest.raises(d4rl.DatasetError, match=r"needs \(200, 11\): use a file of this task"):
+        d4rl.get_dataset("hopper-medium-v2", file)
+
+
+def test_it_runs_side_by_side_and_resumes(pendulum):
+    envs = d4rl.make_eval_envs(pendulum, 3)
+    states, _ = envs.reset(seed=5)
+    own = [gymnasium.make(pendulum) for _ in range(3)]
+    expected = [env.reset(seed=5 + i)[0] for i, env in enumerate(own)]
+    np.testing.assert_array_equal(states, expected)
+    states, *_ = envs.step(np.full((3, 1), 0.1, np.float32))
+    np.testing.assert_array_equal(states, [x.step(np.full(1, 0.1, np.float32))[0] for x in own])
+    env, other = (d4rl.ResumableEnv(gymnasium.make(pendulum)) for _ in range(2))
+    rollout(env, np.full((5, 1), 0.1, np.float32))
+    other.load_state_dict(env.state_dict())
+    action = np.full(1, -0.2, np.float32)
+    np.testing.assert_array_equal(env.step(action)[0], other.step(action)[0])
+
+
+def test_it_has_no_data_but_its_files(pendulum, capsys):
+    with pytest.raises(d4rl.DatasetError, match="no data of D4RL: name a file of yours"):
+        d4rl.get_dataset(pendulum)
+    with pytest.raises(d4rl.DatasetError, match="can't be regenerated"):
+        d4rl.get_dataset(pendulum, "regenerated")
+    assert regenerate.regenerated_tasks() == sorted(set(d4rl.TASKS) - {pendulum})
+    with pytest.raises(SystemExit, match="^error: .*name a file of yours"):
+        main(["describe", pendulum])
+
+
+def test_describe_works_for_it(pendulum, file, tmp_path, capsys):
+    main(["describe", pendulum, "--data", file, "--pictures", str(tmp_path)])
+    assert "200 transitions" in capsys.readouterr().out
+
+
+def test_other_data_brings_its_own_environment_back(pendulum, file):
+    tasks.substitute(pendulum, gymnasium.spec("InvertedDoublePendulum-v5"), (0.0, 1.0))
+    assert gymnasium.make(pendulum).observation_space.shape == (9,)
+    d4rl.get_dataset(pendulum, file)
+    assert gymnasium.make(pendulum).observation_space.shape == (4,)
+    assert d4rl.get_normalized_score(pendulum, 1000.0) == 1.0
+
+
+def test_registering_again_replaces_it(pendulum):
+    d4rl.register_task(pendulum, "InvertedDoublePendulum-v5")
+    known = d4rl.task(pendulum)
+    assert (known.observation_dim, known.action_dim) == (9, 1)
+    assert d4rl.get_normalized_score(pendulum, 50.0) == 0.5  # a score of 50: the return
+    env = gymnasium.make(pendulum)
+    assert isinstance(env, d4rl.envs.OfflineEnv) and env.env.action_space.high == 1
+
+
+FAULTS = {
+    "one of D4RL's": ("hopper-medium-v2", "InvertedPendulum-v5", {}, "is an environment already"),
+    "Gymnasium's": ("Hopper-v5", "InvertedPendulum-v5", {}, "is an environment already"),
+    "malformed": ("my robot!", "InvertedPendulum-v5", {}, "'my robot!' is no id"),
+    "unknown": (PENDULUM, "NoSuchRobot-v0", {}, "cannot make 'NoSuchRobot-v0'"),
+    "another simulator": (PENDULUM, "Pendulum-v1", {}, "none of MuJoCo"),
+    "discrete actions": (PENDULUM, "CartPole-v1", {}, "only vectors are supported"),
+    "endless": (PENDULUM, "Endless-v0", {}, "no episode limit"),
+    "scores": (PENDULUM, "InvertedPendulum-v5", {"ref_max_score": 0.0}, "must increase"),
+}
+
+
+@pytest.mark.parametrize(("env_id", "base", "scores", "message"), FAULTS.values(), ids=FAULTS)
+def test_what_does_not_serve_is_one_line_and_no_task(env_id, base, scores, message):
+    gymnasium.register("Endless-v0", gymnasium.spec("InvertedPendulum-v5").entry_point)
+    before = dict(d4rl.TASKS)
+    with pytest.raises(ValueError, match=message) as raised:
+        d4rl.register_task(env_id, base, **scores)
+    assert "\n" not in str(raised.value) and d4rl.TASKS == before
+    forget("Endless-v0")
+    assert gymnasium.spec("Hopper-v5").entry_point.endswith("HopperEnv")
+    assert PENDULUM not in gymnasium.registry
+
+
+# --- D4RL's methods of an environment ---
+
+
+@pytest.mark.parametrize("env_id", ["hopper-medium-v2", "antmaze-umaze-v2"])
+def test_an_environment_of_d4rl_has_its_methods(env_id):
+    known, env = d4rl.task(env_id), gymnasium.make(env_id)
+    assert env.get_normalized_score(known.ref_max_score) == 1.0
+    assert env.get_normalized_score(known.ref_min_score) == 0.0
+    again = gymnasium.make(env.spec)  # as Minari makes it from a specification
+    assert again.spec == env.spec
+    assert again.get_normalized_score(known.ref_max_score) == 1.0
