@@ -185,8 +185,8 @@ OFFLINE_FIELDS += ("hidden_dim", "q_n_hidden_layers", "policy_n_hidden_layers")
 OFFLINE_FIELDS += ("reward_scale", "reward_bias", "is_sparse_reward")  # --load_model must agree
 PANELS = {"d4rl_normalized_score": "normalized score", "q": "mean Q"}  # of curve.png
 # DARE: App. B.1, App. B.5 and Table 7
-PRESETS["locomotion"] |= dict(n_support=16)
-PRESETS["antmaze"] |= dict(n_support=32)
+PRESETS["locomotion"] |= dict(n_support=16, guidance_scale=3.0)
+PRESETS["antmaze"] |= dict(n_support=32, guidance_scale=3.0)
 GUIDANCE_SCALE = {
     "walker2d-medium-expert-v2": 5.0,
     "halfcheetah-medium-expert-v2": 3.0,
@@ -202,7 +202,7 @@ GUIDANCE_SCALE = {
     "antmaze-umaze-diverse-v2": 1.0,
     "antmaze-medium-diverse-v2": 3.0,
 }
-PRESETS |= {env: dict(guidance_scale=GUIDANCE_SCALE.get(env, 3.0)) for env in d4rl.TASKS}
+PRESETS |= {env: dict(guidance_scale=scale) for env, scale in GUIDANCE_SCALE.items()}
 CHOICES |= {"exchange": ("gaussian", "direct", "none"), "reference": ("guided", "resample")}
 CHOICES |= {"online_loss": ("td", "none"), "align": ("gaussian_kl", "softmax_kl")}
 AT_LEAST_1 += ("n_reference", "diffusion_steps", "behavior_batch_size")

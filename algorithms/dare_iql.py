@@ -154,8 +154,8 @@ OFFLINE_FIELDS = ("env", "data", "regenerated_size", "discount", "beta", "iql_ta
 OFFLINE_FIELDS += ("normalize_reward", "hidden_dim", "n_hidden")  # --load_model must agree with
 PANELS = {"d4rl_normalized_score": "normalized score", "q": "mean target Q"}  # of curve.png
 # DARE: App. B.1, App. B.5 and Table 7
-PRESETS["locomotion"] |= dict(sac_alpha=0.2, n_support=16)
-PRESETS["antmaze"] |= dict(sac_alpha=0.01, n_support=32)
+PRESETS["locomotion"] |= dict(sac_alpha=0.2, n_support=16, guidance_scale=3.0)
+PRESETS["antmaze"] |= dict(sac_alpha=0.01, n_support=32, guidance_scale=3.0)
 GUIDANCE_SCALE = {
     "walker2d-medium-expert-v2": 5.0,
     "halfcheetah-medium-expert-v2": 3.0,
@@ -171,7 +171,7 @@ GUIDANCE_SCALE = {
     "antmaze-umaze-diverse-v2": 1.0,
     "antmaze-medium-diverse-v2": 3.0,
 }
-PRESETS |= {env: dict(guidance_scale=GUIDANCE_SCALE.get(env, 3.0)) for env in d4rl.TASKS}
+PRESETS |= {env: dict(guidance_scale=scale) for env, scale in GUIDANCE_SCALE.items()}
 CHOICES |= {"exchange": ("gaussian", "direct", "none"), "reference": ("guided", "resample")}
 CHOICES |= {"online_loss": ("sac", "expectile", "none"), "align": ("gaussian_kl", "softmax_kl")}
 AT_LEAST_1 += ("n_max_actions", "n_reference", "diffusion_steps", "behavior_batch_size")
