@@ -9,18 +9,3 @@ from diffusion.process import alpha_sigma, perturb, solve
 from diffusion.sampler import EnergyGuidedSampler
 from diffusion.sampling import draw_support_actions, guided_noise, sample_actions
 from diffusion.training import behavior_loss, energy_loss, train_behavior
-
-__all__ = [
-    "BehaviorModel",
-    "EnergyGuidedSampler",
-    "EnergyModel",
-    "alpha_sigma",
-    "behavior_loss",
-    "draw_support_actions",
-    "energy_loss",
-    "guided_noise",
-    "perturb",
-    "sample_actions",
-    "solve",
-    "train_behavior",
-]

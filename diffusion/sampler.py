@@ -1,7 +1,4 @@
-"""All that Algorithm 1 needs of the behavior diffusion, behind one class.
-
-A cached result is trained once for all runs with the same data, settings and code of this folder.
-"""
+"""All that Algorithm 1 needs of the behavior diffusion, behind one class."""
 
 import hashlib
 import json
@@ -27,13 +24,11 @@ SUPPORT_FIELDS = (*BEHAVIOR_FIELDS, "n_support", "diffusion_steps")
 class EnergyGuidedSampler:
     """Reference actions from pi_0 of Eq. 5: the dataset's behavior nu_0, guided by a Q function.
 
-    Making one trains nu_0 and draws the support actions of the dataset's states, or takes both from
-    the cache. Then, in this order: `add_support` and once `fit_energy` before the first update,
-    and for every update `train` and `sample`.
+    Before the first update call `add_support` and `fit_energy`, then `add_support` as online states
+    come, and `train` and `sample` in every update.
 
     Args:
-        config: the settings of a DARE script's TrainConfig, of which those under "Behavior
-            diffusion" and env, runs_dir, precision and mixing_ratio matter.
+        config: a DARE script's TrainConfig; here its settings under "Behavior diffusion" are used.
         states, actions: the dataset's, [N, S] and [N, A].
         online_states: those of the online transitions, [capacity, S]; its rows fill up.
         q_function: maps states [..., S] and actions [..., A] to Q [...]: the smaller target Q.
@@ -61,10 +56,7 @@ class EnergyGuidedSampler:
             self.n_online = torch.zeros((), dtype=torch.int64, device=states.device)  # the same
 
     def add_support(self, n_states: int):
-        """Draw support actions for those of the first n_states online states that have none.
-
-        Many at a time: up to SUPPORT_CHUNK - 1 of the newest states wait.
-        """
+        """Draw support actions for the first n_states online states, many at a time."""
         if not self.has_support or (self.n_added and n_states - self.n_added < SUPPORT_CHUNK):
             return
         new = slice(self.n_added, n_states)
@@ -86,10 +78,7 @@ class EnergyGuidedSampler:
                 report(i + 1)
 
     def train(self) -> dict[str, Tensor]:
-        """One update of f_phi on Eq. 34; returns what to log, nothing where there is no guidance.
-
-        Offline and online states come in the proportion of the batches.
-        """
+        """One update of f_phi, Eq. 34, on offline and online states; returns what to log."""
         if not self.has_energy:
             return {}
         config, device = self.config, self.states.device
@@ -107,10 +96,8 @@ class EnergyGuidedSampler:
 
     @torch.no_grad()
     def energies(self, states: Tensor, support: Tensor) -> Tensor:
-        """beta_E Q of the support actions [B, K, A] of states [B, S], [B, K].
-
-        With energy_normalize, Q is in units of its spread over the K actions, whose running mean
-        this call updates: so beta_E means the same on every task.
+        """beta_E Q of the support actions [B, K, A] of states [B, S], [B, K]; with energy_normalize
+        Q is in units of its spread over the K actions, whose running mean is updated here.
         """
         q = self.q_function(states[:, None].expand(-1, support.shape[1], -1), support)
         if self.config.energy_normalize:
@@ -120,10 +107,8 @@ class EnergyGuidedSampler:
         return self.config.energy_beta * q
 
     def sample(self, states: Tensor, offline_rows: Tensor, online_rows: Tensor) -> Tensor:
-        """Reference actions [B, M, A] for states [B, S] of rows of the dataset, then online rows.
-
-        By guided sampling (Eq. 6), or drawn from a state's support actions with softmax(s beta_E Q)
-        of config.reference "resample", for which the online rows must be below `n_online`.
+        """Reference actions [B, M, A] for the states [B, S] of rows of the dataset and online rows:
+        by guided sampling (Eq. 6), or from a state's support actions with softmax(s beta_E Q).
         """
         config = self.config
         if config.reference == "guided":
@@ -160,7 +145,7 @@ def _autocast(config):
 
 
 def cached_behavior(config, states: Tensor, actions: Tensor, accelerate) -> BehaviorModel:
-    """nu_0 of states [N, S] and actions [N, A], trained or from the cache; without gradients."""
+    """nu_0 of states [N, S] and actions [N, A], trained or from the cache."""
     with own_draws(config.behavior_seed):
         model = BehaviorModel(states.shape[1], actions.shape[1], config.behavior_width)
     model.to(states.device)
@@ -168,12 +153,10 @@ def cached_behavior(config, states: Tensor, actions: Tensor, accelerate) -> Beha
         if path.exists():
             model.load_state_dict(load(path)["behavior"])
         else:
-            updates, batch_size = config.behavior_iterations, config.behavior_batch_size
-            learning_rate, seed = config.behavior_lr, config.behavior_seed
-            report = progress("behavior model", updates)
+            updates = config.behavior_iterations
             train_behavior(
-                model, states, actions, updates, batch_size, learning_rate, seed, path, report,
-                accelerate,
+                model, states, actions, updates, config.behavior_batch_size, config.behavior_lr,
+                config.behavior_seed, path, progress("behavior model", updates), accelerate,
             )  # fmt: skip
             save(path, {"behavior": model.state_dict()})
             Path(f"{path}.partial").unlink(missing_ok=True)
@@ -181,21 +164,16 @@ def cached_behavior(config, states: Tensor, actions: Tensor, accelerate) -> Beha
 
 
 def cached_support(config, states: Tensor, actions: Tensor, behavior: BehaviorModel) -> tuple:
-    """Support actions [n, K, A] of rows [n] of the dataset, drawn or from the cache.
-
-    All rows, or n_support_states of them at random; resampling may need any row.
-    """
-    n = config.n_support_states if config.reference == "guided" else 0
+    """Rows [n] of the dataset and their support actions [n, K, A], drawn or from the cache."""
+    n = config.n_support_states if config.reference == "guided" else 0  # 0 is all rows
     with _cached(f"support-{n}", config, SUPPORT_FIELDS, states, actions) as path:
         if not path.exists():
             with own_draws(config.behavior_seed), _autocast(config):
-                # On the CPU, whose draws are the same everywhere.
                 rows = torch.randperm(len(states))[:n] if n else torch.arange(len(states))
-                report = progress("support actions", len(rows))
+                report, steps = progress("support actions", len(rows)), config.diffusion_steps
                 support = draw_support_actions(
-                    behavior, states[rows], config.n_support, config.diffusion_steps,
-                    on_progress=report,
-                )  # fmt: skip
+                    behavior, states[rows], config.n_support, steps, on_progress=report
+                )
             save(path, {"rows": rows, "support": support.cpu()})
         content = load(path)
         return content["rows"].to(states.device), content["support"].to(states.device)
@@ -203,7 +181,7 @@ def cached_support(config, states: Tensor, actions: Tensor, behavior: BehaviorMo
 
 @contextmanager
 def _cached(kind: str, config, fields: tuple, states: Tensor, actions: Tensor):
-    """Path of a result that depends on `fields`, the data and this folder's code alone."""
+    """Path of what depends on `fields`, the data and this folder's code alone; made only once."""
     digest = hashlib.sha256(json.dumps([getattr(config, name) for name in fields]).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -229,7 +207,7 @@ def _cached(kind: str, config, fields: tuple, states: Tensor, actions: Tensor):
 
 
 def progress(name: str, total: int) -> Callable:
-    """Prints a line at every tenth of a long computation: call it with what is done, and a loss."""
+    """What prints a line at every tenth of a long computation, given what is done and a loss."""
     shown = 0
 
     def report(done: int, *loss: float):

@@ -67,38 +67,24 @@ def train_behavior(
     on_progress: Callable[[int, float], None] | None = None,
     accelerate: Callable[[Callable], Callable] | None = None,
 ) -> float:
-    """Fit nu_0 to states [N, S], actions [N, A] on the model's device; return the last mean loss.
+    """Fit nu_0 to states [N, S], actions [N, A] (defaults: App. B.5); return the last mean loss.
 
-    The defaults are App. B.5's. `on_progress(updates_done, mean_loss)` is called every 1,000
-    updates and at the end, with the mean since the last call. With `path`, the training is kept in
-    `path` + ".partial", at most five minutes old, and a call that finds the file goes on from it;
-    the file stays at the end, for the caller to remove once the model is stored.
-    `accelerate(update)` returns what is called instead of `update()`, a function that changes
-    nothing but tensors in place: the same under autocast or as a CUDA graph, say.
-
-    Raises FloatingPointError when the loss is not finite, DamagedFileError when the partial file is
-    damaged, ValueError when it holds another training.
+    `on_progress(updates_done, mean_loss)` is called every 1,000 updates and at the end. With `path`
+    the training is kept in `path` + ".partial", and a call that finds the file goes on from it.
+    Raises FloatingPointError when the loss is not finite, DamagedFileError or ValueError when the
+    partial file is damaged or holds another training.
     """
     settings = [len(states), batch_size, learning_rate, seed]
     optimizer = torch.optim.Adam(model.parameters(), learning_rate, fused=True, capturable=True)
     loss_sum = torch.zeros((), device=states.device)
+    update = _update(model, optimizer, loss_sum, states, actions, batch_size)
+    update = update if accelerate is None else accelerate(update)
     partial = None if path is None else Path(f"{os.fspath(path)}.partial")
-
-    def update():
-        rows = torch.randint(len(states), (batch_size,), device=states.device)
-        loss = behavior_loss(model, states[rows], actions[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss_sum.add_(loss.detach())
-
     with own_draws(seed):
         start, mean_loss = 0, float("nan")
         if partial is not None and partial.exists():
             start, mean_loss = _restore(partial, settings, model, optimizer)
         reported, saved = start, time.monotonic()
-        if accelerate is not None:
-            update = accelerate(update)
         for step in range(start + 1, updates + 1):
             update()
             if step < updates and step % REPORT_EVERY:
@@ -112,6 +98,18 @@ def train_behavior(
             if on_progress is not None:
                 on_progress(step, mean_loss)
     return mean_loss
+
+
+def _update(model, optimizer, loss_sum, states, actions, batch_size):
+    def update():
+        rows = torch.randint(len(states), (batch_size,), device=states.device)
+        loss = behavior_loss(model, states[rows], actions[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss_sum.add_(loss.detach())
+
+    return update
 
 
 @contextmanager
