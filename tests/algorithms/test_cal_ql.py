@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import cal_ql
-import dare_cql
-from cal_ql import Batch
+from cal_ql import TanhGaussian, TensorBatch
 
 S, A = 11, 3
 FILE = dict(np.load(Path(__file__).parents[1] / "data" / "cal_ql_two_updates.npz"))
@@ -19,18 +18,18 @@ FILE = dict(np.load(Path(__file__).parents[1] / "data" / "cal_ql_two_updates.npz
 # --- CORL's recorded updates ---
 
 
-def initial_agent(cfg):
+def initial_agent(config):
     """The agent with the recorded initial weights, which are those of CORL's order and seed."""
     torch.manual_seed(7)
 
     def linears(*dims):
         pairs = list(itertools.pairwise(dims))
         layers = [torch.nn.Linear(*pair) for pair in pairs]
-        return [cal_ql.orthogonal(layer) for layer in layers]
+        return [layer.apply(cal_ql.init_module_weights) for layer in layers]
 
     twins = [linears(S + A, 256, 256, 1) for _ in range(2)]
     policy = linears(S, 256, 256, 256, 2 * A)
-    agent = cal_ql.CalQL(S, A, cfg, "cpu")
+    agent = cal_ql.CalQL(S, A, config)
     with torch.no_grad():
         for net in (agent.qf, agent.q_target):
             for i, pair in enumerate(zip(*twins, strict=True)):
@@ -61,7 +60,7 @@ def weights(agent):
     found["actor/log_std_multiplier.constant"] = agent.actor.log_std_multiplier
     found["actor/log_std_offset.constant"] = agent.actor.log_std_offset
     found["log_alpha/constant"] = agent.factors["log_alpha"]
-    if agent.cfg.cql_lagrange:
+    if agent.config.cql_lagrange:
         found["log_alpha_prime/constant"] = agent.factors["log_alpha_prime"]
     return {k: x.detach().contiguous() for k, x in found.items()}
 
@@ -101,8 +100,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_updates_equal_corl(variant, request):
-    cfg = cal_ql.Config(q_n_hidden_layers=2, batch_size=64, **VARIANTS[variant])
-    agent = initial_agent(cfg)
+    sizes = {"hidden_dim": 256, "q_n_hidden_layers": 2, "discount": 0.99}
+    config = config_of(**sizes, **VARIANTS[variant])
+    agent = initial_agent(config)
     feed_draws = request.getfixturevalue("feed_draws")
     draws = "cal_ql" if variant == "cql" else variant  # the same, and kept once
     for i in range(2):
@@ -110,20 +110,20 @@ def test_two_updates_equal_corl(variant, request):
         feed_draws(sorted((k, v) for k, v in FILE.items() if k.startswith(prefix)))
         columns = "observations actions rewards next_observations dones mc_returns".split()
         rows = [torch.from_numpy(FILE[f"{variant}/batch{i}/{name}"]) for name in columns]
-        metrics = agent.update(Batch(*(x.squeeze(-1) for x in rows)))
+        logged = agent.train(TensorBatch(*(x.squeeze(-1) for x in rows)))
         log = {k.split("/")[-1]: v for k, v in FILE.items() if k.startswith(f"{variant}/log{i}/")}
         expected = {
             "q_loss": log["qf1_loss"] + log["qf2_loss"],
             "regularizer": log["cql_min_qf1_loss"] + log["cql_min_qf2_loss"],
-            "actor_loss": log["policy_loss"],
+            "policy_loss": log["policy_loss"],
             "alpha": log["alpha"],
             "log_pi": log["log_pi"],
             "q": (log["average_qf1"] + log["average_qf2"]) / 2,
         }
-        if cfg.cql_lagrange:
+        if config.cql_lagrange:
             expected["regularizer"] = expected["regularizer"] / log["alpha_prime"]
             expected["alpha_prime"] = log["alpha_prime"]
-        found = {k: metrics[k].item() for k in expected}
+        found = {k: logged[k].item() for k in expected}
         assert found == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-4)
         for name, tensor in weights(agent).items():
             after = f"{variant}/after{i}/{name}/"
@@ -137,15 +137,15 @@ def test_two_updates_equal_corl(variant, request):
 
 def test_batched_twins_are_two_networks():
     torch.manual_seed(0)
-    qf = cal_ql.TwinQ(S, A, 16, 3)
-    qf.standardize.mean.normal_()
-    qf.standardize.std.uniform_(0.5, 2.0)
+    qf = cal_ql.BatchedTwinQ(S, A, 16, 3)
+    qf.mean.normal_()
+    qf.std.uniform_(0.5, 2.0)
     for bias in qf.biases:
         bias.data.normal_()
     state, action = torch.randn(5, 1, S).expand(-1, 7, -1), torch.randn(5, 7, A)
     both = qf.both(state, action)
     assert both.shape == (2, 5, 7) and len(qf.weights) == 4
-    x = torch.cat([(state - qf.standardize.mean) / qf.standardize.std, action], -1)
+    x = torch.cat([(state - qf.mean) / qf.std, action], -1)
     for k in range(2):
         h = x
         for i in range(4):
@@ -157,7 +157,7 @@ def test_batched_twins_are_two_networks():
 
 def test_initial_weights_are_orthogonal_with_gain_sqrt_2():
     torch.manual_seed(0)
-    agent = cal_ql.CalQL(S, A, cal_ql.Config(hidden_dim=32), "cpu")
+    agent = cal_ql.CalQL(S, A, config_of(hidden_dim=32))
     layers = [w[k] for w in agent.qf.weights for k in range(2)]
     layers += [m.weight.T for m in agent.actor.net.net[::2]]
     assert len(layers) == 2 * 4 + 4
@@ -171,7 +171,7 @@ def test_initial_weights_are_orthogonal_with_gain_sqrt_2():
 def test_draws_have_the_density_of_a_squashed_gaussian():
     torch.manual_seed(0)
     mean, log_std = torch.randn(6, A), torch.randn(6, A) - 0.5
-    actions, log_prob = cal_ql.sample_tanh_gaussian(mean, log_std, 4)
+    actions, log_prob = TanhGaussian(mean, log_std).sample(4)
     assert actions.shape == (6, 4, A) and log_prob.shape == (6, 4)
     normal = torch.distributions.Normal(mean[:, None].double(), log_std[:, None].double().exp())
     squashed = torch.distributions.TransformedDistribution(
@@ -181,7 +181,7 @@ def test_draws_have_the_density_of_a_squashed_gaussian():
     expected = squashed.log_prob(actions.double().clamp(-0.9999999, 0.9999999)).sum(-1)
     assert inside.float().mean() > 0.5
     torch.testing.assert_close(log_prob[inside], expected[inside].float(), rtol=1e-3, atol=1e-3)
-    far, log_far = cal_ql.sample_tanh_gaussian(torch.full((1, A), 60.0), torch.zeros(1, A))
+    far, log_far = TanhGaussian(torch.full((1, A), 60.0), torch.zeros(1, A)).sample()
     assert (far == 1).all() and log_far.isfinite().all()
 
 
@@ -189,26 +189,26 @@ def test_standardized_networks_see_standardized_data():
     """As CORL, which standardizes the data instead."""
     observations = np.random.default_rng(0).normal(3.0, 5.0, (500, S)).astype("f4")
     mean, std = (torch.from_numpy(x) for x in (observations.mean(0), observations.std(0) + 1e-3))
-    cfg = cal_ql.Config(env="hopper-medium-v2", hidden_dim=8)
+    config = config_of(hidden_dim=8)
     agents = []
     for standardize in (True, False):
         torch.manual_seed(0)
-        agents.append(cal_ql.CalQL(S, A, cfg, "cpu"))
+        agents.append(cal_ql.CalQL(S, A, config))
         if standardize:
             agents[-1].standardize(observations)
-    raw = batch_of(4, cfg)
+    raw = batch_of(4)
     scaled = [(x - mean) / std for x in (raw.observations, raw.next_observations)]
     scaled = raw._replace(observations=scaled[0], next_observations=scaled[1])
-    metrics = []
+    logged = []
     for agent, batch in zip(agents, (raw, scaled), strict=True):
         torch.manual_seed(1)
-        metrics.append([agent.update(batch) for _ in range(3)][-1])
-    torch.testing.assert_close(*metrics)
+        logged.append([agent.train(batch) for _ in range(3)][-1])
+    torch.testing.assert_close(*logged)
 
 
 def test_policy_bounds_its_standard_deviation_and_acts_by_its_squashed_mean():
     torch.manual_seed(0)
-    agent = cal_ql.CalQL(S, A, cal_ql.Config(hidden_dim=8), "cpu")
+    agent = cal_ql.CalQL(S, A, config_of(hidden_dim=8))
     state = np.random.default_rng(0).normal(size=(4, S))
     with torch.no_grad():
         for offset, bound in [(50.0, 2.0), (-50.0, -20.0)]:
@@ -229,21 +229,22 @@ def test_policy_bounds_its_standard_deviation_and_acts_by_its_squashed_mean():
 B, N_OFFLINE = 8, 5
 
 
-def config(module=cal_ql, **settings):
+def config_of(module=cal_ql, **settings):
     sizes = {"hidden_dim": 16, "batch_size": B, "mixing_ratio": N_OFFLINE / B, "discount": 0.9}
-    return module.Config(env="hopper-medium-v2", **{**sizes, **settings})
+    settings = {"env": "hopper-medium-v2", "device": "cpu", **sizes, **settings}
+    return module.TrainConfig(**settings)
 
 
-def batch_of(n, cfg=None, seed=1, mc_returns=0.0):
+def batch_of(n, seed=1, mc_returns=0.0):
     generator = torch.Generator().manual_seed(seed)
     s, a, r, s2 = (torch.randn(n, k, generator=generator) for k in (S, A, 1, S))
     done = (torch.arange(n) % 3 == 1).float()
-    return Batch(s, a.tanh(), r.squeeze(1), s2, done, torch.full((n,), mc_returns))
+    return TensorBatch(s, a.tanh(), r.squeeze(1), s2, done, torch.full((n,), mc_returns))
 
 
-def agent_of(cfg, module=cal_ql, online=False):
+def agent_of(config, module=cal_ql, online=False):
     torch.manual_seed(0)
-    agent = module.CalQL(S, A, cfg, "cpu")
+    agent = module.CalQL(S, A, config)
     for parameter in agent.q_target.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     agent.online = online
@@ -256,18 +257,18 @@ def terms(agent, batch, seed=5):
     policy = agent.actor(batch.observations)
     with torch.no_grad():
         next_policy = agent.actor(batch.next_observations)
-    return agent.critic_loss(batch, policy, next_policy)
+    return agent.q_loss(batch, policy, next_policy)
 
 
 @pytest.mark.parametrize("best_of", [1, 10])
 def test_td_target_by_hand(best_of):
-    agent = agent_of(config(cql_max_target_backup=best_of > 1))
+    agent = agent_of(config_of(cql_max_target_backup=best_of > 1))
     batch = batch_of(B)
-    policy = [x.detach() for x in agent.actor(batch.next_observations)]
+    policy = TanhGaussian(*(x.detach() for x in agent.actor(batch.next_observations)))
     torch.manual_seed(3)
     found = agent.td_target(batch, policy)
     torch.manual_seed(3)
-    actions, _ = cal_ql.sample_tanh_gaussian(*policy, best_of)
+    actions, _ = policy.sample(best_of)
     for i in range(B):
         q = [agent.q_target.both(batch.next_observations[i : i + 1], a[None]) for a in actions[i]]
         value = max(min(x.flatten().tolist()) for x in q)
@@ -277,7 +278,7 @@ def test_td_target_by_hand(best_of):
 
 def test_regularizer_is_the_importance_weighted_logsumexp():
     """By a plain loop; the mean over 3 x 10 actions of exp(Q) / density up to log 30."""
-    agent, batch = agent_of(config(calibrated=False, cql_temp=0.7)), batch_of(B)
+    agent, batch = agent_of(config_of(calibrated=False, cql_temp=0.7)), batch_of(B)
     q = agent.qf.both(batch.observations, batch.actions)
     with torch.no_grad():
         policies = agent.actor(batch.observations), agent.actor(batch.next_observations)
@@ -285,7 +286,7 @@ def test_regularizer_is_the_importance_weighted_logsumexp():
     found = agent.conservative_regularizer(batch, q, *policies)
     torch.manual_seed(4)
     kinds = [(2 * torch.rand(B, 10, A) - 1, torch.full((B, 10), A * math.log(0.5)))]
-    kinds += [cal_ql.sample_tanh_gaussian(*policy, 10) for policy in policies]
+    kinds += [policy.sample(10) for policy in policies]
     for i in range(B):
         exponents = [[], []]
         for actions, log_density in kinds:
@@ -310,7 +311,7 @@ def test_regularizer_is_the_importance_weighted_logsumexp():
 )
 def test_calibration_bounds_the_policys_q_by_the_return(settings, online, bounded):
     """With a return above every Q, R no longer pushes the policy's actions down."""
-    agent = agent_of(config(**settings), online=online)
+    agent = agent_of(config_of(**settings), online=online)
     low, high = (terms(agent, batch_of(B, mc_returns=x))[1] for x in (-math.inf, 50.0))
     assert (high > low + 100) if bounded else torch.equal(high, low)
     if bounded:  # logsumexp over 20 bounded values near 50: the gradient of R is the data's alone
@@ -321,7 +322,7 @@ def test_calibration_bounds_the_policys_q_by_the_return(settings, online, bounde
 
 
 def test_regularizer_is_clipped_from_below():
-    agent, batch = agent_of(config(cql_clip_diff_min=1e3, calibrated=False)), batch_of(B)
+    agent, batch = agent_of(config_of(cql_clip_diff_min=1e3, calibrated=False)), batch_of(B)
     regularizer = terms(agent, batch)[1]
     assert regularizer.item() == pytest.approx(10.0 * 2 * 1e3)
     gradients = torch.autograd.grad(regularizer, list(agent.qf.parameters()))
@@ -330,38 +331,38 @@ def test_regularizer_is_clipped_from_below():
 
 @pytest.mark.parametrize("gap, rises", [(-1e3, True), (1e3, False)])
 def test_lagrange_multiplier_rises_above_the_gap_and_falls_below(gap, rises):
-    agent = agent_of(config(cql_lagrange=True, cql_target_action_gap=gap))
+    agent = agent_of(config_of(cql_lagrange=True, cql_target_action_gap=gap))
     before = agent.factors["log_alpha_prime"].item()
-    metrics = agent.update(batch_of(B))
-    assert metrics["alpha_prime"].item() == pytest.approx(math.e)
+    logged = agent.train(batch_of(B))
+    assert logged["alpha_prime"].item() == pytest.approx(math.e)
     assert (agent.factors["log_alpha_prime"].item() > before) == rises
-    plain = agent_of(config())
-    assert plain.update(batch_of(B))["alpha_prime"] == 1
+    plain = agent_of(config_of())
+    assert plain.train(batch_of(B))["alpha_prime"] == 1
     assert plain.factors["log_alpha_prime"].item() == 0
 
 
 def test_online_weight_of_the_regularizer_is_its_own():
-    cfg = config(cql_alpha=10.0, cql_alpha_online=2.5, calibrated=False)
-    found = [terms(agent_of(cfg, online=online), batch_of(B))[1] for online in (False, True)]
+    config = config_of(cql_alpha=10.0, cql_alpha_online=2.5, calibrated=False)
+    found = [terms(agent_of(config, online=online), batch_of(B))[1] for online in (False, True)]
     assert found[0].item() == pytest.approx(4 * found[1].item())
 
 
 def test_each_network_gets_the_gradient_of_its_own_loss_alone():
-    agent, batch = agent_of(config(cql_lagrange=True, cql_target_action_gap=0.8)), batch_of(B)
+    agent, batch = agent_of(config_of(cql_lagrange=True, cql_target_action_gap=0.8)), batch_of(B)
     torch.manual_seed(9)
     policy = agent.actor(batch.observations)
     with torch.no_grad():
         next_policy = agent.actor(batch.next_observations)
-    actor_loss, log_pi = agent.actor_loss(batch, policy)
+    policy_loss, log_pi = agent.policy_loss(batch, policy)
     actor, critics = list(agent.actor.parameters()), list(agent.qf.parameters())
-    of_actor = torch.autograd.grad(actor_loss, actor, retain_graph=True)
-    td_loss, regularizer, _ = agent.critic_loss(batch, policy, next_policy)
+    of_actor = torch.autograd.grad(policy_loss, actor, retain_graph=True)
+    td_loss, regularizer, _ = agent.q_loss(batch, policy, next_policy)
     of_critics = torch.autograd.grad(td_loss + math.e * regularizer, critics, retain_graph=True)
-    assert torch.autograd.grad(actor_loss, critics, allow_unused=True) == (None,) * len(critics)
+    assert torch.autograd.grad(policy_loss, critics, allow_unused=True) == (None,) * len(critics)
     of_temperature = -(log_pi.mean() - A)
     of_multiplier = -0.5 * math.e * regularizer
     torch.manual_seed(9)
-    agent.update(batch)
+    agent.train(batch)
     torch.testing.assert_close([p.grad for p in actor], list(of_actor))
     torch.testing.assert_close([p.grad for p in critics], list(of_critics))
     factors = agent.factors
@@ -369,67 +370,13 @@ def test_each_network_gets_the_gradient_of_its_own_loss_alone():
     torch.testing.assert_close(factors["log_alpha_prime"].grad, of_multiplier.detach())
 
 
-@pytest.mark.parametrize("module", [cal_ql, dare_cql])
-def test_updates_leave_no_graph_behind(module):
+def test_updates_leave_no_graph_behind():
     """A target that required a gradient would hold the graphs of all updates before it."""
-    agent = agent_of(config(module), module)
+    agent = agent_of(config_of())
     for _ in range(2):
-        metrics = agent.update(batch_of(B))
-    kept = [*agent.q_target.parameters(), *metrics.values()]
+        logged = agent.train(batch_of(B))
+    kept = [*agent.q_target.parameters(), *logged.values()]
     assert not any(x.requires_grad or x.grad_fn for x in kept)
-
-
-# --- Eq. 14 ---
-
-
-def gradients_by_row(agent, batch, term):
-    """Size of the gradient with respect to Q(s, a) of each row of the batch, [B]."""
-    actions = batch.actions.clone().requires_grad_()
-    states = batch.observations.clone().requires_grad_()
-    loss = terms(agent, batch._replace(actions=actions, observations=states))[term]
-    return sum(g.abs().sum(-1) for g in torch.autograd.grad(loss, [actions, states]))
-
-
-@pytest.mark.parametrize("lagrange", [False, True])
-def test_eq_14_has_r_on_offline_like_rows_and_td_on_all(lagrange):
-    cfg = config(dare_cql, cql_lagrange=lagrange)
-    agent, batch = agent_of(cfg, dare_cql, online=True), batch_of(B)
-    of_td, of_r = (gradients_by_row(agent, batch, term) for term in (0, 1))
-    assert (of_td > 0).all()
-    assert (of_r[:N_OFFLINE] > 0).all() and (of_r[N_OFFLINE:] == 0).all()
-
-
-def test_eq_14_divides_by_the_whole_batch():
-    """R of Eq. 14 is the sum of R over the offline-like rows over the size of the batch."""
-    agent, batch = agent_of(config(dare_cql), dare_cql, online=True), batch_of(B)
-    found = terms(agent, batch)
-    alone = Batch(*(x[:N_OFFLINE] for x in batch))
-    q = agent.qf.both(alone.observations, alone.actions)
-    torch.manual_seed(5)
-    torch.randn(B, 1, A)  # the target's action comes first
-    policy, next_policy = agent.actor(alone.observations), agent.actor(alone.next_observations)
-    expected = agent.conservative_regularizer(alone, q, policy, next_policy)
-    torch.testing.assert_close(found[1], 10.0 * expected.sum() / B)
-    baseline = terms(agent_of(config(), online=True), batch)
-    torch.testing.assert_close(found[0], baseline[0])  # the TD term is Cal-QL's
-    torch.testing.assert_close(found[2], baseline[2])
-    assert found[1] < baseline[1]
-
-
-@pytest.mark.parametrize("online_loss, online", [("none", True), ("td", False), ("none", False)])
-def test_elsewhere_dare_c_is_cal_ql(online_loss, online):
-    batch = batch_of(B, mc_returns=0.3)
-    agents = [
-        agent_of(config(dare_cql, online_loss=online_loss), dare_cql, online),
-        agent_of(config(), cal_ql, online),
-    ]
-    for _ in range(2):
-        metrics = []
-        for agent in agents:
-            torch.manual_seed(2)
-            metrics.append(agent.update(batch))
-        assert metrics[0].keys() == metrics[1].keys()
-        assert all(torch.equal(metrics[0][k], metrics[1][k]) for k in metrics[0])
 
 
 # --- Rewards and returns ---
@@ -460,7 +407,7 @@ def dataset_of(episodes, gaps=()):
 def test_returns_of_hand_made_episodes():
     """A terminal, a time-out (a gap), a break that neither flag shows, and a cut last episode."""
     dataset = dataset_of([[1, 2, 4, "T"], [1, 1], [8], [2, 3]], gaps=[1, 2])
-    found = cal_ql.monte_carlo_returns(dataset, config(discount=0.5))
+    found = cal_ql.get_return_to_go(dataset, config_of(discount=0.5))
     np.testing.assert_allclose(found, [3, 4, 4, 1.5, 1, 8, 3.5, 3])
 
 
@@ -468,21 +415,20 @@ def test_returns_of_a_sparse_reward():
     """Failure throughout: r / (1 - gamma) in every row, whether cut by a gap or by the end."""
     episodes = [[-5, -5, 5, "T"], [-5, -5, -5], [-5, 5, -5], [-5, -5]]
     dataset = dataset_of(episodes, gaps=[1, 2])
-    cfg = cal_ql.Config(discount=0.5, is_sparse_reward=True, reward_bias=-5.0)
-    found = cal_ql.monte_carlo_returns(dataset, cfg)
+    config = config_of(discount=0.5, is_sparse_reward=True, reward_bias=-5.0)
+    found = cal_ql.get_return_to_go(dataset, config)
     expected = [-5 - 2.5 + 1.25, -2.5, 5, -10, -10, -10, -5 + 2.5 - 1.25, 2.5, -5, -10, -10]
     np.testing.assert_allclose(found, expected)
-    dense = cal_ql.monte_carlo_returns(dataset, config(discount=0.5))
+    dense = cal_ql.get_return_to_go(dataset, config_of(discount=0.5))
     np.testing.assert_allclose(dense[3:6], [-8.75, -7.5, -5])
 
 
 @pytest.mark.parametrize("reward_bias", [-5.0, -0.1, 0.0])
 def test_failure_is_seen_after_the_rewards_were_rounded(reward_bias):
     dataset = dataset_of([[0, 0, 0]])
-    cfg = cal_ql.Config(discount=0.9, is_sparse_reward=True, reward_bias=reward_bias)
-    scale, bias = cal_ql.reward_transform(dataset, cfg)
-    dataset["rewards"] = dataset["rewards"] * scale + bias
-    found = cal_ql.monte_carlo_returns(dataset, cfg)
+    config = config_of(discount=0.9, is_sparse_reward=True, reward_bias=reward_bias)
+    cal_ql.modify_reward(dataset, config)
+    found = cal_ql.get_return_to_go(dataset, config)
     np.testing.assert_allclose(found, [reward_bias / 0.1] * 3, rtol=1e-5, atol=1e-12)
 
 
@@ -491,7 +437,7 @@ def test_returns_equal_the_definition():
     lengths = rng.integers(1, 60, 30)
     episodes = [rng.normal(size=n).tolist() + ["T"] * rng.integers(2) for n in lengths]
     dataset = dataset_of(episodes, gaps=range(29))
-    found = cal_ql.monte_carlo_returns(dataset, config(discount=0.97))
+    found = cal_ql.get_return_to_go(dataset, config_of(discount=0.97))
     expected = []
     for episode in np.split(dataset["rewards"].astype(float), np.cumsum(lengths)[:-1]):
         n = len(episode)
@@ -500,39 +446,42 @@ def test_returns_equal_the_definition():
 
 
 def test_online_returns_are_filled_in_when_an_episode_ends():
-    cfg = config(discount=0.5)
-    buffer = cal_ql.ReplayBuffer(S, A, 20, "cpu")
+    config = config_of(discount=0.5)
+    buffer = cal_ql.ReplayBuffer(S, A, 20)
 
     def add(*rewards):
         for reward in rewards:
-            row = np.zeros(S), np.zeros(A), [reward], np.zeros(S), [False], [cal_ql.UNFINISHED]
-            buffer.add(*([x] for x in row))
+            state, action = np.zeros(S), np.zeros(A, np.float32)
+            buffer.add_transition(state, action, reward, state, False, cal_ql.UNFINISHED)
 
     add(1, 2, 4)
-    assert buffer.batch(buffer.rows[:3]).mc_returns.tolist() == [-math.inf] * 3
-    cal_ql.finish_episode(buffer, cfg)
-    assert buffer.batch(buffer.rows[:3]).mc_returns.tolist() == [3, 4, 4]
+    assert buffer.rows(slice(3)).mc_returns.tolist() == [-math.inf] * 3
+    cal_ql.finish_episode(buffer, config)
+    assert buffer.rows(slice(3)).mc_returns.tolist() == [3, 4, 4]
     add(1)
-    cal_ql.finish_episode(buffer, cfg)
+    cal_ql.finish_episode(buffer, config)
     add(8, 2)
-    assert buffer.batch(buffer.rows[:6]).mc_returns.tolist()[3:] == [1, -math.inf, -math.inf]
+    assert buffer.rows(slice(6)).mc_returns.tolist()[3:] == [1, -math.inf, -math.inf]
     # A row that waits for its return has no bound: R is finite.
-    agent = agent_of(config(calibrated_online=True), online=True)
-    assert terms(agent, buffer.batch(buffer.rows[:6]))[1].isfinite()
-    cal_ql.finish_episode(buffer, cfg)
-    assert buffer.batch(buffer.rows[:6]).mc_returns.tolist() == [3, 4, 4, 1, 9, 2]
+    agent = agent_of(config_of(calibrated_online=True), online=True)
+    assert terms(agent, buffer.rows(slice(6)))[1].isfinite()
+    cal_ql.finish_episode(buffer, config)
+    assert buffer.rows(slice(6)).mc_returns.tolist() == [3, 4, 4, 1, 9, 2]
 
 
 @pytest.mark.parametrize(
     "env, settings, expected",
     [
-        ("hopper-medium-v2", [], (1.0, 0.0)),
-        ("hopper-medium-v2", ["--normalize_reward", "true"], (1000 / 9, 0.0)),
-        ("antmaze-umaze-v2", [], (10.0, -5.0)),
-        ("antmaze-umaze-v2", ["--normalize_reward", "false"], (10.0, -5.0)),
+        ("hopper-medium-v2", {}, (1.0, 0.0)),
+        ("hopper-medium-v2", {"normalize_reward": True}, (1000 / 9, 0.0)),
+        ("antmaze-umaze-v2", {}, (10.0, -5.0)),
+        ("antmaze-umaze-v2", {"normalize_reward": False}, (10.0, -5.0)),
     ],
 )
-def test_reward_transform(env, settings, expected):
-    cfg = cal_ql.Parser(cal_ql.Config).parse_args(["--env", env, *settings])
+def test_modify_reward(env, settings, expected):
+    config = config_of(env=env, **settings)
     dataset = dataset_of([[1, 2, 4, "T"], [8, 8], [8]], gaps=[1])
-    assert cal_ql.reward_transform(dataset, cfg) == pytest.approx(expected)
+    rewards = dataset["rewards"].copy()
+    scale, shift = cal_ql.modify_reward(dataset, config)
+    assert (scale, shift) == pytest.approx(expected)
+    np.testing.assert_allclose(dataset["rewards"], scale * rewards + shift, rtol=1e-6)
