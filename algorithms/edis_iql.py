@@ -1,11 +1,10 @@
 """EDIS-I, offline then online: python algorithms/edis_iql.py --env antmaze-umaze-v2
 
 EDIS (Liu et al., 2024) on implicit Q-learning: this file is algorithms/iql.py plus what is marked
-`# EDIS`. A diffusion model generates transitions that take the place of offline ones.
+`# EDIS`. After each training of a transition model, some updates draw generated rows.
 
-IQL is Kostrikov et al. (2021); online, each batch is half offline and half online data, as in PEX
-(Zhang et al., 2023). Equations and tables are the DARE paper's, names and their order CORL's:
-algorithms/README.md lists what differs from its file on purpose.
+IQL is Kostrikov et al. (2021); online, each batch is half offline and half online data, as in PEX.
+Equations and tables are the DARE paper's, names and order CORL's: see algorithms/README.md.
 """
 
 import math
@@ -15,7 +14,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable  # EDIS
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +24,6 @@ import numpy as np
 import pyrallis
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import wandb
 import yaml
 from filelock import FileLock, Timeout
@@ -37,7 +34,7 @@ import d4rl_gymnasium as d4rl
 from d4rl_gymnasium.files import load, save, write
 from diffusion import alpha_sigma, perturb, solve  # EDIS
 from diffusion.process import T_MAX, T_MIN
-from diffusion.training import own_draws
+from diffusion.sampler import progress
 
 
 class TensorBatch(NamedTuple):
@@ -95,18 +92,21 @@ class TrainConfig:
     hidden_dim: int = 256  # units of a hidden layer, Table 5
     n_hidden: int = 2  # hidden layers, Table 5
     # EDIS
-    edis_freq: int = 10_000  # online steps between trainings of the model, Table 6; 0 is none
-    state_guidance: float = 1.0  # scale of the energy towards the online states; 0 leaves it out
+    edis_start: int = 10_000  # online step of the first training of a model (EDIS)
+    edis_freq: int = 10_000  # online steps between trainings, Table 6
+    generated_updates: int = 20  # updates at a training, on generated rows (EDIS); 0: all after it
+    state_guidance: float = 1.0  # scale of the energy towards the online states
     action_guidance: float = 1.0  # scale of the energy towards the policy's actions
     dynamics_guidance: float = 1.0  # scale of the energy towards the real dynamics
     n_denoising_steps: int = 128  # solver steps of a generated row, Table 6
     model_depth: int = 6  # residual layers of the model, Table 6
     model_width: int = 1024  # units of a layer of the model, Table 6
-    model_iterations: int = 50_000  # updates of the model in each training, Table 6
+    model_iterations: int = 50_000  # updates of the model in a training, Table 6
     model_batch_size: int = 256  # rows of its batches, Table 6
-    model_lr: float = 3e-4  # its learning rate, Table 6; cosine decay over each training
+    model_lr: float = 3e-4  # its learning rate, Table 6; cosine decay over a training
+    model_ema: float = 0.995  # share that its averaged weights keep every ten updates (EDIS)
     energy_hidden: int = 256  # units of a hidden layer of an energy, Table 6
-    energy_iterations: int = 5_000  # updates of the energies in each training
+    energy_iterations: int = 5_000  # updates of the energies in a training
     energy_batch_size: int = 256  # positives of an energy batch (EDIS)
     energy_lr: float = 1e-3  # learning rate of the energies, Table 6
     n_negatives: int = 10  # negatives of each positive, Table 6
@@ -149,14 +149,15 @@ AT_LEAST_1 += ("log_freq", "checkpoint_freq", "threads", "batch_size", "hidden_d
 AT_MOST_1 = ("mixing_ratio", "discount", "tau", "iql_tau")
 OFFLINE_FIELDS = ("env", "data", "regenerated_size", "discount", "beta", "iql_tau")
 OFFLINE_FIELDS += ("normalize_reward", "hidden_dim", "n_hidden")  # --load_model must agree with
-PANELS = {"q": "mean target Q"}  # columns of train.csv that curve.png shows below the score
+PANELS = {"d4rl_normalized_score": "normalized score", "q": "mean target Q"}  # of curve.png
 # EDIS
-AT_LEAST_1 += ("n_denoising_steps", "model_depth", "model_width", "model_iterations")
+AT_LEAST_1 += ("edis_freq", "n_denoising_steps", "model_depth", "model_width", "model_iterations")
 AT_LEAST_1 += ("model_batch_size", "energy_hidden", "energy_iterations", "energy_batch_size")
 AT_LEAST_1 += ("n_negatives", "n_unguided", "n_generated")
-ENERGIES = ("state", "action", "dynamics")
+AT_MOST_1 += ("model_ema",)
 
 
+@torch.no_grad()
 def soft_update(target: nn.Module, source: nn.Module, tau: float):
     """Exponential moving average of the parameters."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
@@ -351,14 +352,13 @@ class ImplicitQLearning:
 
     def value_loss(self, adv: torch.Tensor) -> torch.Tensor:
         """Expectile regression of V on the target Q, Eq. 2."""
-        iql_tau = self.config.iql_tau
-        return asymmetric_l2_loss(adv, iql_tau)
+        return asymmetric_l2_loss(adv, self.config.iql_tau)
 
     def q_loss(self, batch: TensorBatch, next_v: torch.Tensor) -> torch.Tensor:
         """Regression of both Q on r + gamma V(s'), Eq. 3."""
         targets = batch.rewards + (1.0 - batch.terminals) * self.config.discount * next_v
         q1, q2 = self.qf.both(batch.observations, batch.actions)
-        return (F.mse_loss(q1, targets) + F.mse_loss(q2, targets)) / 2
+        return sum(nn.functional.mse_loss(q, targets) for q in (q1, q2)) / 2
 
     def policy_loss(self, batch: TensorBatch, adv: torch.Tensor) -> torch.Tensor:
         """Advantage-weighted regression on the batch's actions, Eq. 4."""
@@ -433,21 +433,28 @@ def noised(x: torch.Tensor, *shape: int) -> tuple[torch.Tensor, torch.Tensor, to
     return t, noise, perturb(x, t, noise)
 
 
+def draw(rows: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Draw [*shape, W] from rows [N, W], with replacement."""
+    return rows[torch.randint(len(rows), shape, device=rows.device)]
+
+
 class TransitionModel(nn.Module):
-    """Noise in standardized rows (s, a, r, s') of W columns, and which of them are terminal.
+    """Noise in rows (s, a, r, s') of W columns, standardized, and which of them are terminal.
 
     Terminals are rare, so 1 is many standard deviations from 0: as a further column of the rows
     they came out a fifth as often as in the data. A classifier of whole rows has no such trouble.
     """
 
-    def __init__(self, n_columns: int, width: int, depth: int):
+    def __init__(self, rows: torch.Tensor, width: int, depth: int):
         super().__init__()
+        n_columns = rows.shape[1]
         self.input, self.output = nn.Linear(n_columns, width), nn.Linear(width, n_columns)
         self.time = nn.Linear(4, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.terminal = MLP([n_columns, width, width, 1])
-        for name in ("mean", "std", "low", "high"):
-            self.register_buffer(name, torch.zeros(n_columns))
+        self.std, self.mean = torch.std_mean(rows, 0, correction=0)
+        self.std.clamp_(min=1e-6)  # a column may be constant
+        self.low, self.high = rows.amin(0), rows.amax(0)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Noise in x_t [N, W] at t (0-d or [N]), [N, W]; a residual MLP."""
@@ -455,12 +462,6 @@ class TransitionModel(nn.Module):
         for layer in self.layers:
             h = h + layer(torch.relu(h))
         return self.output(torch.relu(h)).float()  # products in bf16 end here
-
-    def set_statistics(self, rows: torch.Tensor):
-        """Take mean, standard deviation and range of each column from rows [N, W]."""
-        self.std, self.mean = torch.std_mean(rows, 0, correction=0)
-        self.std.clamp_(min=1e-6)  # a column may be constant
-        self.low, self.high = rows.amin(0), rows.amax(0)
 
     def standardize(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [N, W] to mean 0 and standard deviation 1."""
@@ -485,12 +486,6 @@ class TransitionEnergy(nn.Module):
         """Energies [...] of x_t [..., W] at t, which broadcasts to [...]."""
         times = time_features(t).expand(*x_t.shape[:-1], -1)
         return self.net(torch.cat([x_t[..., : self.n_columns], times], -1)).squeeze(-1)
-
-
-def transition_loss(model: TransitionModel, x: torch.Tensor) -> torch.Tensor:
-    """Noise prediction loss on standardized rows [B, W], a scalar."""
-    t, noise, x_t = noised(x, len(x))
-    return F.mse_loss(model(x_t, t), noise)
 
 
 def contrastive_loss(
@@ -527,102 +522,93 @@ def sample_transitions(
         return prediction - alpha_sigma(t)[1] * gradient
 
     noise = torch.randn(n, len(model.mean), device=model.mean.device)
-    return solve(noise_prediction, noise, steps, bound)
-
-
-def draw(rows: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Draw [*shape, W] from rows [N, W], with replacement."""
-    return rows[torch.randint(len(rows), shape, device=rows.device)]
+    return torch.cat([solve(noise_prediction, x, steps, bound) for x in noise.split(10_000)])
 
 
 class EDIS:
-    """The model, its energies, and the generated rows that take the offline half's place.
+    """Generates rows of the current policy, by a model of all data and three energies.
 
-    The energies are log ratios of densities whose sum leads from the model's rows to the current
-    policy's: `dynamics` is data / model, `state` is online data / data, and `action` is (s, a) of
-    the policy / (s, a) of the data, at online states. Purposes and product are EDIS's; each ratio
-    is of distributions that whole rows can be drawn from. The first two see whole rows, because
-    s'_t too tells of s: an energy of s_t alone guides the states too weakly at large t. `action`
-    has that fault, as what follows the policy's actions is unknown.
+    The energies are log ratios of densities whose sum leads from the model's rows to the policy's:
+    `dynamics` is data / model, `state` is online data / data, and `action` is (s, a) of the policy
+    / (s, a) of the data, at online states. The first two see whole rows, because s'_t too tells of
+    s: an energy of s_t alone guides the states too weakly at large t. `action` has that fault, as
+    what follows the policy's actions is unknown.
     """
 
-    PARTS = ("model", "energies", "generated")  # of a checkpoint
-
-    def __init__(self, config: TrainConfig, trainer, dims: tuple[int, int]):
-        self.config, self.trainer, (self.state_dim, self.action_dim) = config, trainer, dims
-        self.n_columns = 2 * self.state_dim + self.action_dim + 1  # s, a, r and s'
-        columns = dict.fromkeys(ENERGIES, self.n_columns) | {"action": sum(dims)}
-        scales = {name: getattr(config, f"{name}_guidance") for name in ENERGIES}
-        self.scales = {name: scale for name, scale in scales.items() if scale > 0}
-        with own_draws(config.seed):  # as in the baseline's run up to the first training
-            self.model = TransitionModel(self.n_columns, config.model_width, config.model_depth)
-            energies = {k: TransitionEnergy(columns[k], config.energy_hidden) for k in self.scales}
-        self.model.to(config.device)
-        self.energies = nn.ModuleDict(energies).to(config.device)
-        self.generated = ReplayBuffer(*dims, config.n_generated, config.device)
+    def __init__(self, config: TrainConfig, trainer, state_dim: int, action_dim: int):
+        self.config, self.trainer = config, trainer
+        self.state_dim, self.action_dim = state_dim, action_dim
+        self.generated = ReplayBuffer(state_dim, action_dim, config.n_generated, config.device)
 
     def fit(self, offline_buffer: ReplayBuffer, online_buffer: ReplayBuffer) -> dict[str, float]:
-        """Train the model on all data and the energies after it, and generate rows anew.
+        """Train a new model and new energies on all data, and replace the generated rows.
 
-        Returns the losses.
+        Returns the losses, means over about the last 1,000 updates.
         """
-        config, n_offline = self.config, int(offline_buffer.size)
-        rows = torch.cat([b.state_dict()["rows"] for b in (offline_buffer, online_buffer)])
-        n_returns = rows.shape[1] - self.n_columns - 1  # Cal-QL has a column more
-        rows, terminals = rows[:, : self.n_columns], rows[:, self.n_columns, None]
-        self.model.set_statistics(rows)
-        x = self.model.standardize(rows)
-        table = torch.cat([x, terminals], 1)
-        losses = self.minimise(
-            lambda: self.model_losses(table), self.model, config.model_iterations, config.model_lr,
-            decay=True,
-        )  # fmt: skip
-        if self.scales:
-            pairs = self.contrasts(rows, x, n_offline)
-            losses |= self.minimise(
-                lambda: self.energy_losses(pairs), self.energies, config.energy_iterations,
-                config.energy_lr,
-            )  # fmt: skip
-        energies = [(self.energies[name], scale) for name, scale in self.scales.items()]
-        with torch.no_grad():
-            generated = self.model.restore(self.generate(config.n_generated, energies))
-        for name, values in {**losses, "a generated transition": generated}.items():
+        config, n = self.config, 2 * self.state_dim + self.action_dim + 1  # columns s, a, r, s'
+        online = online_buffer.state_dict()["rows"]
+        rows = torch.cat([offline_buffer.state_dict()["rows"], online])
+        losses = self.fit_model(rows[:, :n], rows[:, n, None])
+        losses |= self.fit_energies(rows[:, :n], online[:, :n])
+        energies = [(f, getattr(config, f"{k}_guidance")) for k, f in self.energies.items()]
+        generated = self.model.restore(self.sample(config.n_generated, energies))
+        for name, values in {**losses, "a generated row": generated}.items():
             if not values.isfinite().all():
                 raise FloatingPointError(f"{name} is not finite in a training of EDIS's model")
-        # Monte-Carlo returns of generated rows are unknown: -inf is a bound that never holds.
-        self.generated.load_state_dict({"rows": F.pad(generated, (0, n_returns), value=-math.inf)})
-        return {name: loss.item() for name, loss in losses.items()}
+        # Cal-QL's Monte-Carlo returns are unknown here: -inf is a bound that never holds.
+        generated = nn.functional.pad(generated, (0, rows.shape[1] - n - 1), value=-math.inf)
+        self.generated.load_state_dict({"rows": generated})
+        return {name: x.item() for name, x in losses.items()}
 
-    def model_losses(self, table: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Losses of the model on a batch of standardized rows and terminals [N, W + 1]."""
-        x, terminals = draw(table, self.config.model_batch_size).split([self.n_columns, 1], 1)
-        terminal_loss = F.binary_cross_entropy_with_logits(self.model.terminal(x), terminals)
-        return {"model_loss": transition_loss(self.model, x), "terminal_loss": terminal_loss}
+    def fit_model(self, rows: torch.Tensor, terminals: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Train a new model on rows [N, W] and terminals [N, 1]; self.model is its average."""
+        config = self.config
+        model = TransitionModel(rows, config.model_width, config.model_depth).to(config.device)
+        self.model = deepcopy(model).requires_grad_(False)
+        x = model.standardize(rows)
 
-    def contrasts(self, rows: torch.Tensor, x: torch.Tensor, n_offline: int) -> dict[str, tuple]:
-        """Positives and negatives of each energy, from all rows [N, W], as they are and as x."""
-        online, s, a = rows[n_offline:].clone(), self.state_dim, self.action_dim
+        def losses() -> dict[str, torch.Tensor]:
+            i = torch.randint(len(x), (config.model_batch_size,), device=x.device)
+            t, noise, x_t = noised(x[i], len(i))
+            model_loss = nn.functional.mse_loss(model(x_t, t), noise)
+            logits = model.terminal(x[i])
+            terminal_loss = nn.functional.binary_cross_entropy_with_logits(logits, terminals[i])
+            return {"model_loss": model_loss, "terminal_loss": terminal_loss}
+
+        sizes = config.model_iterations, config.model_lr
+        return self.minimise("transition model", losses, model, *sizes, average=self.model)
+
+    def fit_energies(self, rows: torch.Tensor, online: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Train new energies, with all rows [N, W] and the online ones among them."""
+        config, s, a = self.config, self.state_dim, self.action_dim
+        columns = {"state": rows.shape[1], "action": s + a, "dynamics": rows.shape[1]}
+        energies = {k: TransitionEnergy(n, config.energy_hidden) for k, n in columns.items()}
+        self.energies = nn.ModuleDict(energies).to(config.device)
+        by_policy = online.clone()
         actions = self.trainer.act(online[:, :s].cpu().numpy())
-        online[:, s : s + a] = torch.from_numpy(actions)
-        x_online = x[n_offline:]
-        pairs = {"state": (x_online, x), "action": (self.model.standardize(online), x_online)}
-        if "dynamics" in self.scales:
-            pairs["dynamics"] = (x, self.generate(self.config.n_unguided, []))
-        return pairs
+        by_policy[:, s : s + a] = torch.from_numpy(actions)
+        x, x_online, by_policy = map(self.model.standardize, (rows, online, by_policy))
+        pairs = {"state": (x_online, x), "action": (by_policy, x_online)}
+        pairs["dynamics"] = x, self.sample(config.n_unguided, [])
 
-    def energy_losses(self, pairs: dict[str, tuple]) -> dict[str, torch.Tensor]:
-        """Losses of the energies, which share no parameter, on a batch."""
-        n, losses = self.config.energy_batch_size, {}
-        for name, energy in self.energies.items():
-            positives, negatives = draw(pairs[name][0], n), pairs[name][1]
-            negatives = draw(negatives, n, self.config.n_negatives)
-            losses[f"{name}_loss"] = contrastive_loss(energy, positives, negatives)
-        return losses
+        def losses() -> dict[str, torch.Tensor]:
+            values, n, k = {}, config.energy_batch_size, config.n_negatives
+            for name, (positives, negatives) in pairs.items():
+                batch = draw(positives, n), draw(negatives, n, k)
+                values[f"{name}_loss"] = contrastive_loss(self.energies[name], *batch)
+            return values
+
+        sizes = config.energy_iterations, config.energy_lr
+        return self.minimise("energies", losses, self.energies, *sizes)
 
     def minimise(
-        self, losses: Callable, network: nn.Module, iterations: int, lr: float, decay: bool = False
-    ) -> dict[str, torch.Tensor]:
-        """Minimise the sum of losses(), with a new optimizer; returns running means of them."""
+        self, title: str, losses, network: nn.Module, iterations: int, lr: float,
+        average: nn.Module | None = None,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Minimise the sum of losses() with a new optimizer; returns their running means.
+
+        With `average`, the rate decays and the weights' moving average is kept there.
+        """
         rate = torch.tensor(lr, device=self.config.device)
         optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True, capturable=True)
 
@@ -634,29 +620,22 @@ class EDIS:
             return {name: x.detach() for name, x in values.items()}
 
         update, means = accelerate(update, self.config), {}
-        for i in tqdm(range(iterations), "EDIS", leave=False, disable=None):
-            rate.fill_(lr * 0.5 * (1 + math.cos(math.pi * i / iterations)) if decay else lr)
+        report = progress(title, iterations)
+        for i in range(iterations):
+            if average is not None:  # cosine decay
+                rate.fill_(lr * 0.5 * (1 + math.cos(math.pi * i / iterations)))
             share = max(1 / (i + 1), 0.001)
             means = {k: means.get(k, 0) * (1 - share) + share * x for k, x in update().items()}
+            if average is not None and i % 10 == 0:  # a copy up to i = 100, then ever slower
+                share = max(1 - self.config.model_ema, (1 + max(0, i - 100)) ** (-2 / 3))
+                soft_update(average, network, share)
+            report(i + 1)
         return means
 
-    def generate(
-        self, n: int, energies: list[tuple[TransitionEnergy, float]], chunk: int = 10_000
-    ) -> torch.Tensor:
-        """Standardized rows [n, W], drawn a chunk at a time."""
-        sizes = [min(chunk, n - start) for start in range(0, n, chunk)]
-        steps, bf16 = self.config.n_denoising_steps, self.config.precision == "bf16"
-        with torch.autocast(self.config.device, torch.bfloat16, bf16):
-            return torch.cat([sample_transitions(self.model, energies, k, steps) for k in sizes])
-
-    def state_dict(self) -> dict:
-        """All that outlives a training."""
-        return {name: getattr(self, name).state_dict() for name in self.PARTS}
-
-    def load_state_dict(self, state: dict):
-        """Inverse of state_dict."""
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
+    def sample(self, n: int, energies: list[tuple[TransitionEnergy, float]]) -> torch.Tensor:
+        """Standardized rows [n, W] of the model under the energies."""
+        with torch.autocast(self.config.device, torch.bfloat16, self.config.precision == "bf16"):
+            return sample_transitions(self.model, energies, n, self.config.n_denoising_steps)
 
 
 # --- Run directory, precision and CUDA graphs: nothing of the algorithm from here to train() ---
@@ -709,9 +688,8 @@ class Run:
         """Log the means since the last call; ends the run where one is not finite."""
         row = {"steps_per_second": self.n_steps / (time.perf_counter() - self.clock)}
         row |= {name: (x / self.n_sums).item() for name, x in self.sums.items()}
-        for name, x in row.items():
-            if not math.isfinite(x):
-                raise FloatingPointError(f"{name} is not finite at {phase} step {step}")
+        if bad := [name for name, x in row.items() if not math.isfinite(x)]:
+            raise FloatingPointError(f"{bad[0]} is not finite at {phase} step {step}")
         self.log("train", phase, step, row)
         self.sums, self.n_sums = {}, 0
         self.n_steps, self.clock = 0, time.perf_counter()
@@ -765,11 +743,10 @@ class Run:
         return state["step"]
 
     def plot(self):
-        """Draw curve.png: the score and PANELS along fine-tuning."""
-        figure = Figure(figsize=(6, 4 + len(PANELS)), layout="constrained")
-        axes = figure.subplots(1 + len(PANELS), sharex=True)
-        panels = {"d4rl_normalized_score": "normalized score", **PANELS}
-        for ax, (name, label) in zip(axes, panels.items(), strict=True):
+        """Draw curve.png: PANELS along fine-tuning."""
+        figure = Figure(figsize=(6, 3 + len(PANELS)), layout="constrained")
+        axes = figure.subplots(len(PANELS), sharex=True)
+        for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
             rows = [row for kind in self.rows.values() for row in kind if name in row]
             points = [(row["step"], row[name]) for row in rows if row["phase"] == "online"]
             ax.plot(*zip(*points, strict=True) if points else ([], []), marker=".")
@@ -777,15 +754,6 @@ class Run:
         axes[0].set_title(f"{self.config.name}, {self.config.env}, seed {self.config.seed}")
         axes[-1].set_xlabel(f"online environment steps (data: {self.config.data})")
         figure.savefig(self.dir / "curve.png")
-
-
-def load_offline_agent(config: TrainConfig) -> dict:
-    """State of the agent in --load_model, which must have been trained with the same settings."""
-    state = load(Path(config.load_model).expanduser())
-    old, new = state.get("settings", {}), {key: getattr(config, key) for key in OFFLINE_FIELDS}
-    if other := [key for key in new | old if old.get(key) != new.get(key)]:
-        sys.exit(f"error: {config.load_model} was trained with another {', '.join(other)}")
-    return state["trainer"]
 
 
 def accelerate(update, config: TrainConfig):
@@ -844,16 +812,19 @@ def train(config: TrainConfig):
 
         def evaluate(phase: str, step: int):
             returns = eval_actor(eval_envs, trainer, config.n_episodes, config.eval_seed)
-            score = 100 * d4rl.get_normalized_score(config.env, returns.mean())
-            row = {"return_mean": returns.mean(), "return_std": returns.std()}
-            row |= {"d4rl_normalized_score": score}  # AntMaze: the success rate in percent
-            run.log("eval", phase, step, {name: float(x) for name, x in row.items()})
+            score = 100 * d4rl.get_normalized_score(config.env, float(returns.mean()))
+            row = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
+            run.log("eval", phase, step, {**row, "d4rl_normalized_score": float(score)})
             run.plot()
             print(f"{phase} step {step:,}: score {score:.1f}", flush=True)
 
         # Offline: updates on the dataset alone.
         if config.load_model and run.checkpoint["phase"] == "offline":
-            trainer.load_state_dict(load_offline_agent(config))
+            agent = load(Path(config.load_model).expanduser())
+            old = agent.get("settings", {})
+            if other := [k for k in OFFLINE_FIELDS if old.get(k) != getattr(config, k)]:
+                sys.exit(f"error: {config.load_model} was trained with another {', '.join(other)}")
+            trainer.load_state_dict(agent["trainer"])
         elif run.checkpoint["phase"] == "offline":
             parts, last = {"trainer": trainer}, config.offline_iterations
             start = run.restore("offline", parts) or 0
@@ -862,8 +833,8 @@ def train(config: TrainConfig):
             for step in tqdm(range(start, last), "offline", last, initial=start, disable=None):
                 run.add(update())
                 run.after_step("offline", step + 1, last, parts, evaluate)
-            settings = {key: getattr(config, key) for key in OFFLINE_FIELDS}
-            save(run.dir / "offline.pt", {"trainer": trainer.state_dict(), "settings": settings})
+            agent = {"trainer": trainer.state_dict(), "settings": run.settings}
+            save(run.dir / "offline.pt", agent)
 
         # Online: one environment step, then `utd` updates on half offline, half online data.
         torch.manual_seed(config.seed)
@@ -877,15 +848,25 @@ def train(config: TrainConfig):
             batch = map(torch.cat, zip(offline_batch, online_batch, strict=True))
             return trainer.train(TensorBatch(*batch))
 
-        def generated_update() -> dict[str, torch.Tensor]:  # EDIS: the offline half is generated
+        def uniform_update() -> dict[str, torch.Tensor]:  # EDIS: all real rows are equally likely
+            n, size = offline_buffer.size, config.batch_size
+            i = offline_buffer.draw(size, n + online_buffer.size)
+            batches = offline_buffer.rows(i % n), online_buffer.rows((i - n).clamp(min=0))
+            chosen = torch.arange(size, device=i.device) + size * (i >= n)
+            batch = (torch.cat(pair)[chosen] for pair in zip(*batches, strict=True))
+            return trainer.train(TensorBatch(*batch))
+
+        def generated_update() -> dict[str, torch.Tensor]:
             generated_batch = edis.generated.sample(config.n_offline)
             online_batch = online_buffer.sample(config.batch_size - config.n_offline)
             batch = map(torch.cat, zip(generated_batch, online_batch, strict=True))
             return trainer.train(TensorBatch(*batch))
 
-        parts["edis"] = edis = EDIS(config, trainer, dims)
-        generated_update = accelerate(generated_update, config)
-        update = accelerate(online_update, config)
+        edis = EDIS(config, trainer, *dims)
+        parts["generated"] = edis.generated
+        update_on_generated = accelerate(generated_update, config)
+        update = accelerate(uniform_update if config.generated_updates else online_update, config)
+        first_training = max(config.edis_start, config.initial_collection_steps)
         start, last = run.restore("online", parts), config.online_iterations
         if start is None:
             evaluate("online", 0)
@@ -893,11 +874,15 @@ def train(config: TrainConfig):
         for step in tqdm(range(start or 0, last), "online", last, initial=start or 0, disable=None):
             state = env.last_observation
             action = trainer.act(state[None])[0]
-            if config.edis_freq and step and step % config.edis_freq == 0:  # EDIS
+            n_updates = config.utd if step >= config.initial_collection_steps else 0
+            is_generated = config.generated_updates == 0 and step >= first_training  # EDIS
+            if step in range(first_training, last, config.edis_freq):
                 run.log("train", "online", step, edis.fit(offline_buffer, online_buffer))
+                if config.generated_updates:  # in place of this step's others
+                    n_updates, is_generated = config.generated_updates, True
             # Before env.step, which then runs while a GPU is at work on the updates.
-            for _ in range(config.utd if step >= config.initial_collection_steps else 0):
-                run.add(generated_update() if edis.generated.size else update())  # EDIS
+            for _ in range(n_updates):
+                run.add(update_on_generated() if is_generated else update())  # EDIS
             next_state, reward, terminated, truncated, _ = env.step(action)
             reward = reward * reward_scale + reward_shift
             online_buffer.add_transition(state, action, reward, next_state, terminated)
