@@ -1,208 +1,44 @@
 """EDIS-I, offline then online: python algorithms/edis_iql.py --env antmaze-umaze-v2
 
-EDIS (Liu et al., 2024; Table 6) on implicit Q-learning: this file is algorithms/iql.py plus what is
-marked `# EDIS`. A diffusion model generates the transitions of each online batch's offline half.
+EDIS (Liu et al., 2024) on implicit Q-learning: this file is algorithms/iql.py plus what is marked
+`# EDIS`. After each training of a transition model, some updates draw generated rows.
 
-IQL is Kostrikov et al. (2021). Online, each batch is half offline data and half online data, as
-in PEX (Zhang et al., 2023). Equation and table numbers are the DARE paper's.
+IQL is Kostrikov et al. (2021); online, each batch is half offline and half online data, as in PEX.
+Equations and tables are the DARE paper's, names and order CORL's: see algorithms/README.md.
 """
 
-import csv
-import dataclasses
-import difflib
-import functools
-import hashlib
-import inspect
-import json
 import math
+import operator
 import os
 import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
 import pyrallis
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+import wandb
 import yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import d4rl_gymnasium as d4rl
+from d4rl_gymnasium.files import load, save, write
 from diffusion import alpha_sigma, perturb, solve  # EDIS
-from diffusion.process import T_MAX, T_MIN  # EDIS
-
-# --- Config ---
-
-
-@dataclass
-class Config:
-    """All settings. Defaults are the paper's for locomotion; PRESETS has what differs by task."""
-
-    env: str = "antmaze-umaze-v2"  # D4RL task id
-    data: str = "d4rl"  # d4rl (cache or download), regenerated, minari:ID, or path of an HDF5 file
-    regenerated_size: int = 200_000  # transitions that --data regenerated collects
-    seed: int = 0  # seeds networks, batches, exploration and the training environment
-    device: str = "auto"  # auto, cpu or cuda
-    compile: bool = False  # compile losses and sampler: a minute at first; needs a C++ compiler
-    cuda_graph: bool = True  # on CUDA, replay each update as one graph (no effect on a CPU)
-    precision: str = "fp32"  # of the networks' products: fp32, bf16 or auto (bf16 if faster)
-    threads: int = 1  # CPU threads: one per run, as two runs beat two threads; 0 takes all cores
-    runs_dir: str = "runs"  # a run writes <runs_dir>/<name>/<env>/seed_<seed>/
-    name: str = Path(__file__).stem  # name of the method; rename a variant to keep it apart
-    wandb: str = "auto"  # online, offline, disabled; auto is online when logged in, else offline
-    project: str = "DARE"  # wandb project
-
-    offline_iterations: int = 1_000_000  # offline updates (Sec. 7.1)
-    online_iterations: int = 200_000  # online environment steps (Sec. 7.1)
-    initial_collection_steps: int = 5_000  # first online steps, without updates (PEX)
-    utd: int = 1  # online updates per environment step (Sec. 7.4)
-    batch_size: int = 256  # Table 5
-    mixing_ratio: float = 0.5  # offline share of an online batch (PEX, Cal-QL)
-    discount: float = 0.99  # gamma, Table 5
-    tau: float = 0.005  # target update rate, Table 5
-    iql_tau: float = 0.7  # expectile of Eq. 2, Table 5 (AntMaze: 0.9)
-    beta: float = 3.0  # inverse temperature of Eq. 4, Table 5 (AntMaze: 10)
-    qf_lr: float = 3e-4  # learning rate of Q, Table 5
-    vf_lr: float = 3e-4  # learning rate of V, Table 5
-    actor_lr: float = 3e-4  # learning rate of the policy, Table 5; cosine decay offline
-    hidden_dim: int = 256  # hidden units per layer, Table 5
-    n_hidden: int = 2  # hidden layers, Table 5
-    normalize_reward: bool = False  # AntMaze: r - 1 (PEX); locomotion: 1000 r / range of returns
-
-    eval_freq: int = 10_000  # online steps between evaluations
-    offline_eval_freq: int = 50_000  # offline updates between evaluations
-    n_episodes: int = 10  # episodes of an evaluation (AntMaze: 100)
-    eval_seed: int = 42  # seeds the evaluation environments, the same at each evaluation
-    log_freq: int = 1_000  # steps between rows of train.csv; each is a mean over them
-    checkpoint_freq: int = 10_000  # steps between checkpoints
-
-    edis_freq: int = 10_000  # EDIS: online steps between trainings of its model, Table 6; 0 is none
-    state_guidance: float = 1.0  # scale of the energy towards the online states; 0 leaves it out
-    action_guidance: float = 1.0  # scale of the energy towards the policy's actions
-    dynamics_guidance: float = 1.0  # scale of the energy towards the real dynamics
-    n_denoising_steps: int = 128  # Table 6
-    model_depth: int = 6  # residual layers of the model, Table 6
-    model_width: int = 1024  # hidden units of the model, Table 6
-    model_iterations: int = 50_000  # updates of the model in each training, Table 6
-    model_batch_size: int = 256  # Table 6
-    model_lr: float = 3e-4  # Table 6; cosine decay over each training
-    energy_hidden: int = 256  # hidden units of an energy, Table 6
-    energy_iterations: int = 5_000  # updates of the energies in each training
-    energy_batch_size: int = 256  # positives of an energy batch (EDIS)
-    energy_lr: float = 1e-3  # Table 6
-    n_negatives: int = 10  # negatives of each positive, Table 6
-    n_unguided: int = 20_000  # rows of the unguided model, negatives of the dynamics' energy
-    n_generated: int = 100_000  # guided rows that each training leaves for the offline half (EDIS)
-
-    def __post_init__(self):
-        """Refuse impossible values."""
-        if self.env not in d4rl.TASKS:
-            near = difflib.get_close_matches(self.env, d4rl.TASKS, n=3, cutoff=0)
-            raise ValueError(f"unknown env {self.env!r}; the nearest are {', '.join(near)}")
-        for field, value in vars(self).items():
-            if field in CHOICES and value not in CHOICES[field]:
-                raise ValueError(f"{field} must be one of {CHOICES[field]}, got {value!r}")
-            low, high = LOWEST.get(field, 0), 1 if field in FRACTIONS else math.inf
-            if not isinstance(value, str) and not low <= value <= high:
-                raise ValueError(f"{field} must be in [{low}, {high}], got {value}")
-        if not 0 < self.n_offline < self.batch_size:
-            raise ValueError(f"mixing_ratio {self.mixing_ratio} leaves a half of the batch empty")
-
-    @property
-    def n_offline(self) -> int:
-        """Rows of an online batch that come from the offline data; they stand first."""
-        return round(self.batch_size * self.mixing_ratio)
+from diffusion.process import T_MAX, T_MIN
+from diffusion.sampler import progress
 
 
-CHOICES = {
-    "wandb": ["auto", "online", "offline", "disabled"],
-    "device": ["auto", "cpu", "cuda"],
-    "precision": ["auto", "fp32", "bf16"],
-}
-FRACTIONS = ["mixing_ratio", "discount", "tau", "iql_tau"]
-LOWEST = """regenerated_size initial_collection_steps utd batch_size hidden_dim n_hidden eval_freq
-    offline_eval_freq n_episodes log_freq checkpoint_freq"""
-LOWEST = dict.fromkeys(LOWEST.split(), 1)
-PRESETS = {  # by task family, then by task
-    "locomotion": {},
-    "antmaze": {"iql_tau": 0.9, "beta": 10.0, "normalize_reward": True, "n_episodes": 100},
-}
-# What an offline agent depends on besides the data: the key of its cache.
-OFFLINE_METHOD = "iql"
-OFFLINE_FIELDS = """env seed precision offline_iterations batch_size discount tau
-    iql_tau beta qf_lr vf_lr actor_lr hidden_dim n_hidden normalize_reward
-    offline_eval_freq n_episodes eval_seed""".split()
-CSV_COLUMNS = {
-    "eval": ["phase", "step", "return_mean", "return_std", "normalized_score", "success_rate"],
-    "train": ["phase", "step", "steps_per_second", "value_loss", "q_loss", "actor_loss", "q", "v"],
-}
-PANELS = {"q": "mean target Q"}  # columns of train.csv shown in the bar and under the curve
-# EDIS: what must be at least 1, its energies, its columns
-AT_LEAST_1 = """n_denoising_steps model_depth model_width model_iterations model_batch_size
-    energy_hidden energy_iterations energy_batch_size n_negatives n_unguided n_generated"""
-LOWEST |= dict.fromkeys(AT_LEAST_1.split(), 1)
-ENERGIES = ["state", "action", "dynamics"]
-CSV_COLUMNS["train"] += [f"{name}_loss" for name in ["model", "terminal", *ENERGIES]]
-
-
-class Parser(pyrallis.argparsing.ArgumentParser):
-    """Command line over --config_path over PRESETS over defaults; an error ends in one line."""
-
-    def error(self, message):
-        """Exit with one line."""
-        sys.exit("error: " + " ".join(f"{message}; see --help".split()))
-
-    def set_dataclass(self, dataclass):
-        """Add the flags; pyrallis would parse this file anew for the comment of each of them."""
-        with patch("inspect.getsource", functools.cache(inspect.getsource)):
-            super().set_dataclass(dataclass)
-
-    def _postprocessing(self, parsed):
-        values, kinds = vars(parsed), {f.name: f.type for f in dataclasses.fields(Config)}
-        try:
-            if path := values.pop("config_path", None):
-                values = {**yaml.safe_load(Path(path).read_text()), **values}
-            if unknown := set(values) - set(kinds):
-                raise ValueError(f"{path} has no such setting: {', '.join(sorted(unknown))}")
-            values = {k: convert(k, kinds[k], v) for k, v in values.items()}
-            return Config(**{**preset(values.get("env", Config.env)), **values})
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
-            self.error(e)
-
-
-def convert(field: str, kind: type, value):
-    """Text or a YAML value as `kind`, strictly: 2.5 is no int and 'maybe' no bool."""
-    try:
-        if value is None:
-            raise ValueError
-        text = str(value)
-        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError):
-        raise ValueError(f"{field} takes a value of type {kind.__name__}, got {value!r}") from None
-
-
-def preset(env: str) -> dict:
-    """Settings in which a task differs from the defaults."""
-    family = "antmaze" if env.startswith("antmaze") else "locomotion"
-    return {**PRESETS[family], **PRESETS.get(env, {})}
-
-
-# --- Data and buffers ---
-
-
-class Batch(NamedTuple):
-    """Transitions: observations [B, S], actions [B, A], rewards [B], ..., terminals [B]."""
+class TensorBatch(NamedTuple):
+    """Columns of a batch: [B, S], [B, A], [B], [B, S], [B]."""
 
     observations: torch.Tensor
     actions: torch.Tensor
@@ -211,80 +47,208 @@ class Batch(NamedTuple):
     terminals: torch.Tensor
 
 
+EXP_ADV_MAX = 100.0  # bound of the weights of Eq. 4 (IQL's authors)
+LOG_STD_MIN = -20.0
+LOG_STD_MAX = 2.0
+
+
+@dataclass
+class TrainConfig:
+    """All settings; those without a default here get it from PRESETS, by task."""
+
+    # Experiment
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    env: str = "antmaze-umaze-v2"  # D4RL task
+    data: str = "d4rl"  # d4rl (cache or download), regenerated, minari:ID or an HDF5 file
+    regenerated_size: int = 200_000  # transitions that --data regenerated collects
+    seed: int = 0  # of networks, batches, exploration and the training environment
+    eval_seed: int = 42  # of the resets of every evaluation
+    eval_freq: int = 10_000  # online steps between evaluations
+    offline_eval_freq: int = 50_000  # offline updates between evaluations
+    n_episodes: int = None  # episodes of an evaluation
+    offline_iterations: int = 1_000_000  # offline updates (Sec. 7.1)
+    online_iterations: int = 200_000  # online environment steps (Sec. 7.1)
+    initial_collection_steps: int = 5_000  # first online steps, without updates (PEX)
+    utd: int = 1  # updates per online step (Sec. 7.4)
+    load_model: str = ""  # offline.pt of an earlier run, to start fine-tuning from
+    runs_dir: str = "runs"  # a run writes runs_dir/name/env/seed_N
+    log_freq: int = 1_000  # steps between rows of train.csv, which are means over them
+    checkpoint_freq: int = 10_000  # steps between checkpoints; at most ten minutes
+    threads: int = 1  # CPU threads: two runs of one thread beat one run of two
+    precision: str = "fp32"  # of the networks' products: fp32 or bf16
+    compile: bool = False  # compile the updates; needs a C++ compiler
+    cuda_graph: bool = False  # on CUDA, replay each update as one graph
+    # IQL
+    batch_size: int = 256  # rows of a batch, Table 5
+    mixing_ratio: float = 0.5  # offline share of an online batch (PEX)
+    discount: float = 0.99  # gamma, Table 5
+    tau: float = 0.005  # rate of the target network, Table 5
+    beta: float = None  # inverse temperature of Eq. 4, Table 5
+    iql_tau: float = None  # expectile of Eq. 2, Table 5
+    normalize_reward: bool = None  # AntMaze: r - 1 (PEX); locomotion: 1000 r / range of returns
+    vf_lr: float = 3e-4  # learning rate of V, Table 5
+    qf_lr: float = 3e-4  # learning rate of Q, Table 5
+    actor_lr: float = 3e-4  # learning rate of the policy, Table 5; cosine decay offline
+    hidden_dim: int = 256  # units of a hidden layer, Table 5
+    n_hidden: int = 2  # hidden layers, Table 5
+    # EDIS
+    edis_start: int = 10_000  # online step of the first training of a model (EDIS)
+    edis_freq: int = 10_000  # online steps between trainings, Table 6
+    generated_updates: int = 20  # updates at a training, on generated rows (EDIS); 0: all after it
+    state_guidance: float = 1.0  # scale of the energy towards the online states
+    action_guidance: float = 1.0  # scale of the energy towards the policy's actions
+    dynamics_guidance: float = 1.0  # scale of the energy towards the real dynamics
+    n_denoising_steps: int = 128  # solver steps of a generated row, Table 6
+    model_depth: int = 6  # residual layers of the model, Table 6
+    model_width: int = 1024  # units of a layer of the model, Table 6
+    model_iterations: int = 50_000  # updates of the model in a training, Table 6
+    model_batch_size: int = 256  # rows of its batches, Table 6
+    model_lr: float = 3e-4  # its learning rate, Table 6; cosine decay over a training
+    model_ema: float = 0.995  # share that its averaged weights keep every ten updates (EDIS)
+    energy_hidden: int = 256  # units of a hidden layer of an energy, Table 6
+    energy_iterations: int = 5_000  # updates of the energies in a training
+    energy_batch_size: int = 256  # positives of an energy batch (EDIS)
+    energy_lr: float = 1e-3  # learning rate of the energies, Table 6
+    n_negatives: int = 10  # negatives of each positive, Table 6
+    n_unguided: int = 20_000  # unguided rows, the negatives of the dynamics' energy
+    n_generated: int = 100_000  # guided rows that a training leaves (EDIS)
+    # Wandb logging
+    project: str = "DARE"  # project on wandb
+    name: str = Path(__file__).stem  # of the method; rename a variant to keep its runs apart
+    wandb: str = "offline"  # online, offline or disabled
+
+    def __post_init__(self):
+        """Fill in what differs by task, and refuse impossible values."""
+        family = d4rl.task(self.env).family  # an unknown task is a ValueError with the nearest ones
+        for key, value in {**PRESETS[family], **PRESETS.get(self.env, {})}.items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
+        for key, value in vars(self).items():
+            low, high = int(key in AT_LEAST_1), 1 if key in AT_MOST_1 else 10**9
+            if isinstance(value, (int, float)) and not low <= value <= high:
+                raise ValueError(f"--{key} must be from {low} to {high}, not {value}")
+            if key in CHOICES and value not in CHOICES[key]:
+                raise ValueError(f"--{key} must be one of {', '.join(CHOICES[key])}, not {value}")
+        self.n_offline = round(self.batch_size * self.mixing_ratio)  # these rows stand first
+        if not 0 < self.n_offline < self.batch_size:
+            raise ValueError(f"--mixing_ratio {self.mixing_ratio} leaves half of the batch empty")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda, but torch sees no CUDA device: take --device cpu")
+        if self.compile and not shutil.which(os.environ.get("CXX", "g++")):
+            raise ValueError("--compile needs a C++ compiler: install g++ or set CXX")
+
+
+PRESETS = {  # Table 5 and PEX
+    "locomotion": dict(beta=3.0, iql_tau=0.7, normalize_reward=False, n_episodes=10),
+    "antmaze": dict(beta=10.0, iql_tau=0.9, normalize_reward=True, n_episodes=100),
+}
+CHOICES = {"device": ("cpu", "cuda"), "precision": ("fp32", "bf16")}
+CHOICES |= {"wandb": ("online", "offline", "disabled")}
+AT_LEAST_1 = ("eval_freq", "offline_eval_freq", "n_episodes", "initial_collection_steps", "utd")
+AT_LEAST_1 += ("log_freq", "checkpoint_freq", "threads", "batch_size", "hidden_dim", "n_hidden")
+AT_MOST_1 = ("mixing_ratio", "discount", "tau", "iql_tau")
+OFFLINE_FIELDS = ("env", "data", "regenerated_size", "discount", "beta", "iql_tau")
+OFFLINE_FIELDS += ("normalize_reward", "hidden_dim", "n_hidden")  # --load_model must agree with
+PANELS = {"d4rl_normalized_score": "normalized score", "q": "mean target Q"}  # of curve.png
+# EDIS
+AT_LEAST_1 += ("edis_freq", "n_denoising_steps", "model_depth", "model_width", "model_iterations")
+AT_LEAST_1 += ("model_batch_size", "energy_hidden", "energy_iterations", "energy_batch_size")
+AT_LEAST_1 += ("n_negatives", "n_unguided", "n_generated")
+AT_MOST_1 += ("model_ema",)
+
+
+@torch.no_grad()
+def soft_update(target: nn.Module, source: nn.Module, tau: float):
+    """Exponential moving average of the parameters."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
 class ReplayBuffer:
-    """Transitions as the rows of one tensor on the training device."""
+    """Transitions as rows of one tensor, so that a batch is one look-up."""
 
-    def __init__(self, state_dim: int, action_dim: int, capacity: int, device):
-        self.dims = state_dim, action_dim
-        widths = {"observations": state_dim, "actions": action_dim, "next_observations": state_dim}
-        self.widths = [widths.get(name, 1) for name in Batch._fields]
-        self.rows = torch.empty(capacity, sum(self.widths), device=device)
-        self.size = 0
-        self.n_drawable = torch.zeros((), dtype=torch.int64, device=device)  # size, for sample
+    def __init__(self, state_dim: int, action_dim: int, buffer_size: int, device: str = "cpu"):
+        a, r, n = state_dim, state_dim + action_dim, 2 * state_dim + action_dim + 1
+        width = n + len(TensorBatch._fields) - 4  # columns from n on are the last fields' numbers
+        self._columns = [slice(a), slice(a, r), r, slice(r + 1, n), *range(n, width)]
+        self._data = torch.zeros(buffer_size, width, device=device)
+        self.size = torch.zeros((), dtype=torch.int64, device=device)
+        self._pointer = 0  # size as a number
 
-    def add(self, *transitions: np.ndarray):
-        """Append the columns of a Batch, each with one row per transition."""
-        columns = [np.asarray(x, np.float32).reshape(len(transitions[0]), -1) for x in transitions]
-        rows = torch.from_numpy(np.concatenate(columns, 1))
-        self.rows[self.size : self.size + len(rows)] = rows.to(self.rows.device)
-        self.size += len(rows)
-        self.n_drawable.fill_(self.size)
+    def load_d4rl_dataset(self, data: dict[str, np.ndarray]):
+        """Append the columns of a dataset."""
+        columns = [np.reshape(data[k], (len(data["rewards"]), -1)) for k in TensorBatch._fields]
+        self._append(torch.from_numpy(np.concatenate(columns, 1)))
 
-    def batch(self, rows: torch.Tensor) -> Batch:
-        """Split rows [B, W] into their columns."""
-        columns = zip(rows.split(self.widths, dim=-1), self.widths, strict=True)
-        return Batch(*(x.squeeze(-1) if width == 1 else x for x, width in columns))
+    def add_transition(self, *transition):
+        """Append one transition: the values of a TensorBatch's row."""
+        self._append(torch.from_numpy(np.hstack(transition)[None]))
 
-    def sample(self, batch_size: int) -> Batch:
+    def _append(self, rows: torch.Tensor):
+        start, self._pointer = self._pointer, self._pointer + len(rows)
+        self._data[start : self._pointer] = rows
+        self.size.fill_(self._pointer)
+
+    def rows(self, index: torch.Tensor | slice) -> TensorBatch:
+        """The rows with the given numbers."""
+        rows = self._data[index]
+        return TensorBatch(*(rows[:, column] for column in self._columns))
+
+    def draw(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Numbers [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
+        # The size is on the device, so that a CUDA graph draws from rows that come after it.
+        draws = torch.randint(1 << 62, (batch_size,), device=self._data.device)
+        return draws % (self.size if n_rows is None else n_rows)
+
+    def sample(self, batch_size: int) -> TensorBatch:
         """Draw rows uniformly, with replacement."""
-        # A size on the device, so that a recorded update draws from rows that come after it.
-        draws = torch.randint(1 << 62, (batch_size,), device=self.rows.device)
-        self.index = draws % self.n_drawable
-        return self.batch(self.rows[self.index])
-
-    def digest(self, width: int | None = None) -> str:
-        """Fingerprint of the first columns of the data, or of all."""
-        rows = self.rows[: self.size, :width].cpu().numpy()
-        return hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()
+        return self.rows(self.draw(batch_size))
 
     def state_dict(self) -> dict:
-        """Filled part only."""
-        return {"rows": self.rows[: self.size].clone()}
+        """The filled rows."""
+        return {"rows": self._data[: self._pointer].clone()}
 
     def load_state_dict(self, state: dict):
         """Inverse of state_dict."""
-        self.size = len(state["rows"])
-        self.rows[: self.size] = state["rows"]
-        self.n_drawable.fill_(self.size)
+        self._pointer = 0
+        self._append(state["rows"])
 
 
-def concatenate(first: Batch, second: Batch) -> Batch:
-    """One batch of both halves, the first half's rows first."""
-    return Batch(*map(torch.cat, zip(first, second, strict=True)))
+def eval_actor(envs: gym.vector.VectorEnv, trainer, n_episodes: int, seed: int) -> np.ndarray:
+    """Returns [n_episodes] of the mean policy, an episode in each environment."""
+    states, _ = envs.reset(seed=seed)
+    returns, running = np.zeros(n_episodes), np.ones(n_episodes, bool)
+    while running.any():
+        actions = trainer.act(states, deterministic=True)
+        states, rewards, terminated, truncated, _ = envs.step(actions)
+        returns += rewards * running
+        running &= ~(terminated | truncated)
+    return returns
 
 
-def episode_starts(dataset: dict) -> np.ndarray:
-    """First rows of the episodes: after a terminal and where the states do not join."""
-    obs, next_obs = dataset["observations"], dataset["next_observations"]
-    new_episode = np.ones(len(obs), bool)
-    new_episode[1:] = dataset["terminals"][:-1] | (obs[1:] != next_obs[:-1]).any(1)
-    return np.flatnonzero(new_episode)
-
-
-def return_range(dataset: dict) -> float:
-    """Difference of the largest and the smallest episode return of a dataset."""
+def return_reward_range(dataset: dict) -> tuple[float, float]:
+    """Smallest and largest return of an episode."""
     rewards = dataset["rewards"].astype(np.float64)
-    returns = np.add.reduceat(rewards, episode_starts(dataset))
-    return float(returns.max() - returns.min())
+    returns = np.add.reduceat(rewards, d4rl.episode_starts(dataset))
+    return float(returns.min()), float(returns.max())
 
 
-def reward_transform(dataset: dict, cfg: Config) -> tuple[float, float]:
-    """Scale and bias of the rewards, the same for offline and online data."""
-    if not cfg.normalize_reward:
-        return 1.0, 0.0
-    if d4rl.task(cfg.env).family == "antmaze":
-        return 1.0, -1.0
-    return 1000.0 / return_range(dataset), 0.0
+def modify_reward(dataset: dict, config: TrainConfig) -> tuple[float, float]:
+    """Scale and shift the dataset's rewards; returns both, for the online ones."""
+    scale, shift = 1.0, 0.0
+    if config.normalize_reward and d4rl.task(config.env).family == "antmaze":
+        shift = -1.0
+    elif config.normalize_reward:
+        min_ret, max_ret = return_reward_range(dataset)
+        if min_ret == max_ret:
+            sys.exit("error: all episodes have the same return: take --normalize_reward false")
+        scale = 1000.0 / (max_ret - min_ret)
+    dataset["rewards"] = dataset["rewards"] * scale + shift
+    return scale, shift
+
+
+def asymmetric_l2_loss(u: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
+    """Expectile loss: positive u weigh tau, negative ones 1 - tau."""
+    return (torch.abs(tau - (u < 0).float()) * u**2).mean()
 
 
 # --- Networks ---
@@ -296,195 +260,172 @@ class MLP(nn.Module):
     def __init__(self, dims: list[int], output_activation: nn.Module | None = None):
         super().__init__()
         layers = []
-        for i in range(len(dims) - 1):
-            layers += [nn.Linear(dims[i], dims[i + 1]), nn.ReLU()]
-        layers[-1:] = [] if output_activation is None else [output_activation]
+        for dim_in, dim_out in zip(dims[:-1], dims[1:], strict=True):
+            layers += [nn.Linear(dim_in, dim_out), nn.ReLU()]
+        layers[-1] = output_activation or nn.Identity()
         self.net = nn.Sequential(*layers)
 
-    def forward(self, x):
-        """Map [B, dims[0]] to [B, dims[-1]]."""
-        return self.net(x).float()  # a product in bf16 ends here
-
-
-class TwinQ(nn.Module):
-    """Two Q functions."""
-
-    def __init__(self, state_dim: int, action_dim: int, hidden_dim: int, n_hidden: int):
-        super().__init__()
-        dims = [state_dim + action_dim, *[hidden_dim] * n_hidden, 1]
-        self.q1, self.q2 = MLP(dims), MLP(dims)
-
-    def both(self, state, action):
-        """Q1 and Q2, each [B]."""
-        x = torch.cat([state, action], -1)
-        return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
-
-    def forward(self, state, action):
-        """Smaller of the two, [B]."""
-        return torch.min(*self.both(state, action))
-
-
-class ValueFunction(nn.Module):
-    """V(s)."""
-
-    def __init__(self, state_dim: int, hidden_dim: int, n_hidden: int):
-        super().__init__()
-        self.v = MLP([state_dim, *[hidden_dim] * n_hidden, 1])
-
-    def forward(self, state):
-        """V, [B]."""
-        return self.v(state).squeeze(-1)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., dims[0]] to [..., dims[-1]]."""
+        return self.net(x).float()  # products in bf16 end here
 
 
 class GaussianPolicy(nn.Module):
-    """Gaussian with a mean in [-1, 1] and one standard deviation per action dimension."""
+    """Mean within [-1, 1] and one standard deviation per action dimension."""
 
-    def __init__(self, state_dim: int, action_dim: int, hidden_dim: int, n_hidden: int):
+    def __init__(self, state_dim: int, action_dim: int, hidden_dim: int = 256, n_hidden: int = 2):
         super().__init__()
-        self.net = MLP([state_dim, *[hidden_dim] * n_hidden, action_dim], nn.Tanh())
+        self.net = MLP([state_dim, *([hidden_dim] * n_hidden), action_dim], nn.Tanh())
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
-    def forward(self, state):
-        """Mean [B, A] and log standard deviation [A]; its bounds are CORL's."""
-        return self.net(state), self.log_std.clamp(-20.0, 2.0)
+    def forward(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean [B, A] and log standard deviation [A]."""
+        return self.net(state), self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
-    def log_prob(self, state, action):
+    def log_prob(self, state: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Log density of actions, [B]."""
         mean, log_std = self(state)
         z = (action - mean) * torch.exp(-log_std)
         return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def sample(self, state, n: int = 1):
-        """Draw n actions [n, B, A] within the action bounds, with their log densities [n, B]."""
+    def sample(self, state: torch.Tensor, n: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw n actions [n, B, A], clamped to the action bounds, with log densities [n, B]."""
         mean, log_std = self(state)
         z = torch.randn(n, *mean.shape, device=mean.device)
         log_prob = (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
         return (mean + torch.exp(log_std) * z).clamp(-1.0, 1.0), log_prob
 
 
-# --- Agent ---
+class TwinQ(nn.Module):
+    """Two Q functions."""
 
-EXP_ADV_MAX = 100.0  # bound of the weights of Eq. 4 (IQL's authors)
+    def __init__(self, state_dim: int, action_dim: int, hidden_dim: int = 256, n_hidden: int = 2):
+        super().__init__()
+        dims = [state_dim + action_dim, *([hidden_dim] * n_hidden), 1]
+        self.q1, self.q2 = MLP(dims), MLP(dims)
+
+    def both(self, state: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Q1 and Q2, each [...], of states [..., S] and actions [..., A]."""
+        sa = torch.cat([state, action], -1)
+        return self.q1(sa).squeeze(-1), self.q2(sa).squeeze(-1)
+
+    def forward(self, state: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """The smaller of the two, [...]."""
+        return torch.min(*self.both(state, action))
+
+
+class ValueFunction(nn.Module):
+    """V(s)."""
+
+    def __init__(self, state_dim: int, hidden_dim: int = 256, n_hidden: int = 2):
+        super().__init__()
+        self.v = MLP([state_dim, *([hidden_dim] * n_hidden), 1])
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """V, [...]."""
+        return self.v(state).squeeze(-1)
+
+
+# --- Agent ---
 
 
 class ImplicitQLearning:
-    """Networks, their losses and one update step."""
+    """Networks, their losses and one update of them all."""
 
-    def __init__(self, state_dim: int, action_dim: int, cfg: Config, device):
-        sizes = (cfg.hidden_dim, cfg.n_hidden)
-        self.qf = TwinQ(state_dim, action_dim, *sizes).to(device)
-        self.vf = ValueFunction(state_dim, *sizes).to(device)
-        self.actor = GaussianPolicy(state_dim, action_dim, *sizes).to(device)
+    PARTS = ("qf", "vf", "actor", "q_target", "optimizer")  # of a checkpoint
+
+    def __init__(self, state_dim: int, action_dim: int, config: TrainConfig):
+        sizes = config.hidden_dim, config.n_hidden
+        self.qf = TwinQ(state_dim, action_dim, *sizes).to(config.device)
+        self.vf = ValueFunction(state_dim, *sizes).to(config.device)
+        self.actor = GaussianPolicy(state_dim, action_dim, *sizes).to(config.device)
         self.q_target = deepcopy(self.qf).requires_grad_(False)
-        self.actor_lr = torch.tensor(cfg.actor_lr, device=device)  # set_actor_lr changes it
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": list(self.qf.parameters()), "lr": cfg.qf_lr},
-                {"params": list(self.vf.parameters()), "lr": cfg.vf_lr},
-                {"params": list(self.actor.parameters()), "lr": self.actor_lr},
-            ],
-            fused=True,
-            capturable=True,
-        )
-        self.cfg, self.device = cfg, device
-        self.iterations = torch.zeros((), dtype=torch.int64, device=device)
-        self.online = False
+        self.actor_lr = torch.tensor(config.actor_lr, device=config.device)
+        groups = [
+            {"params": list(self.qf.parameters()), "lr": config.qf_lr},
+            {"params": list(self.vf.parameters()), "lr": config.vf_lr},
+            {"params": list(self.actor.parameters()), "lr": self.actor_lr},
+        ]
+        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=True)
+        self.config, self.online = config, False
+        self.total_it = torch.zeros((), dtype=torch.int64, device=config.device)
 
-    def value_loss(self, batch: Batch, advantage):
-        """Expectile regression of V towards the target Q, Eq. 2."""
-        expectile = self.cfg.iql_tau
-        return (torch.abs(expectile - (advantage < 0).float()) * advantage**2).mean()
+    def value_loss(self, adv: torch.Tensor) -> torch.Tensor:
+        """Expectile regression of V on the target Q, Eq. 2."""
+        return asymmetric_l2_loss(adv, self.config.iql_tau)
 
-    def critic_loss(self, batch: Batch, next_v):
-        """Regression of both Q towards r + gamma V(s'), Eq. 3."""
+    def q_loss(self, batch: TensorBatch, next_v: torch.Tensor) -> torch.Tensor:
+        """Regression of both Q on r + gamma V(s'), Eq. 3."""
+        targets = batch.rewards + (1.0 - batch.terminals) * self.config.discount * next_v
         q1, q2 = self.qf.both(batch.observations, batch.actions)
-        targets = batch.rewards + (1.0 - batch.terminals) * self.cfg.discount * next_v
-        return (F.mse_loss(q1, targets) + F.mse_loss(q2, targets)) / 2
+        return sum(nn.functional.mse_loss(q, targets) for q in (q1, q2)) / 2
 
-    def actor_loss(self, batch: Batch, advantage):
-        """Advantage-weighted regression on the actions of the batch, Eq. 4."""
-        weight = torch.exp(self.cfg.beta * advantage).clamp(max=EXP_ADV_MAX)
-        losses = -weight * self.actor.log_prob(batch.observations, batch.actions)
+    def policy_loss(self, batch: TensorBatch, adv: torch.Tensor) -> torch.Tensor:
+        """Advantage-weighted regression on the batch's actions, Eq. 4."""
+        exp_adv = torch.exp(self.config.beta * adv).clamp(max=EXP_ADV_MAX)
+        losses = -exp_adv * self.actor.log_prob(batch.observations, batch.actions)
         return losses.mean()
 
-    def losses(self, batch: Batch):
-        """Sum of all losses, a scalar, and what to log of them."""
+    def train(self, batch: TensorBatch) -> dict[str, torch.Tensor]:
+        """One update, with the advantage and V(s') from before it; returns what to log."""
         with torch.no_grad():
             target_q = self.q_target(batch.observations, batch.actions)
             next_v = self.vf(batch.next_observations)
         v = self.vf(batch.observations)
-        advantage = target_q - v
-        value_loss = self.value_loss(batch, advantage)
-        q_loss = self.critic_loss(batch, next_v)
-        actor_loss = self.actor_loss(batch, advantage.detach())
-        losses = {"value_loss": value_loss, "q_loss": q_loss, "actor_loss": actor_loss}
-        means = {"q": target_q.mean(), "v": v.mean(), "advantage": advantage.mean()}
-        metrics = {k: x.detach() for k, x in {**losses, **means}.items()}
-        return value_loss + q_loss + actor_loss, metrics
-
-    def update(self, batch: Batch) -> dict:
-        """One step on all networks; advantage and V(s') come from V before its step."""
-        # The three losses share no parameter: one backward pass and one step serve all.
-        loss, metrics = self.losses(batch)
+        adv = target_q - v
+        value_loss, q_loss = self.value_loss(adv), self.q_loss(batch, next_v)
+        actor_loss = self.policy_loss(batch, adv.detach())
+        # They share no parameter: the gradient of their sum is that of each.
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (value_loss + q_loss + actor_loss).backward()
         self.optimizer.step()
-        self.update_target()
-        self.iterations += 1
-        self.set_actor_lr()
-        return metrics
-
-    def set_actor_lr(self):
-        """Cosine decay over the offline phase, constant online (IQL's authors, PEX)."""
-        progress = self.iterations.double() / max(1, self.cfg.offline_iterations)
-        decay = 1.0 if self.online else 0.5 * (1 + torch.cos(math.pi * progress))
-        self.actor_lr.fill_(self.cfg.actor_lr * decay)
-
-    @torch.no_grad()
-    def update_target(self):
-        """Exponential moving average of Q."""
-        target, source = list(self.q_target.parameters()), list(self.qf.parameters())
-        torch._foreach_lerp_(target, source, self.cfg.tau)
+        soft_update(self.q_target, self.qf, self.config.tau)
+        self.total_it += 1
+        if not self.online:  # cosine decay (IQL's authors)
+            progress = self.total_it.double() / max(1, self.config.offline_iterations)
+            self.actor_lr.fill_(self.config.actor_lr * 0.5 * (1 + torch.cos(math.pi * progress)))
+        log_dict = {"value_loss": value_loss, "q_loss": q_loss, "actor_loss": actor_loss}
+        log_dict |= {"q": target_q.mean(), "v": v.mean(), "advantage": adv.mean()}
+        return {name: x.detach() for name, x in log_dict.items()}
 
     def start_online(self):
-        """Switch from offline training to fine-tuning."""
+        """Switch from offline training to fine-tuning, at a constant rate of the policy (PEX)."""
         self.online = True
-        self.set_actor_lr()
+        self.actor_lr.fill_(self.config.actor_lr)
 
     @torch.no_grad()
-    def act(self, state: np.ndarray, deterministic: bool) -> np.ndarray:
-        """Actions [N, A] for states [N, S]: the mean, or a draw within the action bounds."""
-        state = torch.as_tensor(state, dtype=torch.float32, device=self.device)
+    def act(self, state: np.ndarray, deterministic: bool = False) -> np.ndarray:
+        """Actions [N, A] at states [N, S]: the mean, or a draw."""
+        state = torch.as_tensor(state, dtype=torch.float32, device=self.config.device)
         action = self.actor(state)[0] if deterministic else self.actor.sample(state)[0][0]
         return action.cpu().numpy()
 
     def state_dict(self) -> dict:
-        """Networks, targets, optimizer and schedule."""
-        parts = {k: getattr(self, k).state_dict() for k in ("qf", "vf", "actor", "q_target")}
-        steps = {"iterations": self.iterations.item(), "online": self.online}
-        return {**parts, "optimizer": self.optimizer.state_dict(), **steps}
+        """Networks, optimizer and counters."""
+        state = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return {**state, "total_it": self.total_it.item(), "online": self.online}
 
     def load_state_dict(self, state: dict):
         """Inverse of state_dict."""
-        for k in ("qf", "vf", "actor", "q_target", "optimizer"):
-            getattr(self, k).load_state_dict(state[k])
-        self.iterations.fill_(state["iterations"])
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.total_it.fill_(state["total_it"])
         self.online = state["online"]
-        self.optimizer.param_groups[-1]["lr"] = self.actor_lr  # not the copy that was loaded
-        self.set_actor_lr()
+        self.actor_lr.copy_(self.optimizer.param_groups[-1]["lr"])
+        self.optimizer.param_groups[-1]["lr"] = self.actor_lr
 
 
 # --- Transition model and energies (EDIS) ---
 # EDIS: Liu et al. (2024). Here an energy f is minus theirs, as in diffusion/: guidance adds grad f.
 
 
-def time_features(t):
+def time_features(t: torch.Tensor) -> torch.Tensor:
     """Smooth features of times, [..., 4]: noise predictions and energies are smooth in t."""
     alpha, sigma = alpha_sigma(t)
     return torch.stack([t, alpha, sigma, sigma.log() / 4], -1)
 
 
-def noised(x, *shape: int):
+def noised(x: torch.Tensor, *shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows x [*shape or wider, W] at times [*shape]: the times, the noise and the noised rows."""
     # Half of the times lie below 1/4, where densities differ most.
     t = T_MIN + (T_MAX - T_MIN) * torch.rand(shape, device=x.device).square()
@@ -492,43 +433,44 @@ def noised(x, *shape: int):
     return t, noise, perturb(x, t, noise)
 
 
+def draw(rows: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Draw [*shape, W] from rows [N, W], with replacement."""
+    return rows[torch.randint(len(rows), shape, device=rows.device)]
+
+
 class TransitionModel(nn.Module):
-    """Noise in standardized rows (s, a, r, s') of W columns, a residual MLP; which are terminal.
+    """Noise in rows (s, a, r, s') of W columns, standardized, and which of them are terminal.
 
     Terminals are rare, so 1 is many standard deviations from 0: as a further column of the rows
-    they came out a fifth as often as online. A classifier of whole rows gives their probability.
+    they came out a fifth as often as in the data. A classifier of whole rows has no such trouble.
     """
 
-    def __init__(self, n_columns: int, width: int, depth: int):
+    def __init__(self, rows: torch.Tensor, width: int, depth: int):
         super().__init__()
+        n_columns = rows.shape[1]
         self.input, self.output = nn.Linear(n_columns, width), nn.Linear(width, n_columns)
         self.time = nn.Linear(4, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.terminal = MLP([n_columns, width, width, 1])
-        for name in ("mean", "std", "low", "high"):
-            self.register_buffer(name, torch.zeros(n_columns))
-
-    def forward(self, x_t, t):
-        """Noise in x_t [N, W] at t (0-d or [N]), [N, W]."""
-        h = self.input(x_t) + self.time(time_features(t))
-        for layer in self.layers:
-            h = h + layer(torch.relu(h))
-        return self.output(torch.relu(h)).float()  # a product in bf16 ends here
-
-    def set_statistics(self, rows):
-        """Take mean, standard deviation and range of each column from rows [N, W]."""
         self.std, self.mean = torch.std_mean(rows, 0, correction=0)
         self.std.clamp_(min=1e-6)  # a column may be constant
         self.low, self.high = rows.amin(0), rows.amax(0)
 
-    def standardize(self, rows):
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Noise in x_t [N, W] at t (0-d or [N]), [N, W]; a residual MLP."""
+        h = self.input(x_t) + self.time(time_features(t))
+        for layer in self.layers:
+            h = h + layer(torch.relu(h))
+        return self.output(torch.relu(h)).float()  # products in bf16 end here
+
+    def standardize(self, rows: torch.Tensor) -> torch.Tensor:
         """Map rows [N, W] to mean 0 and standard deviation 1."""
         return (rows - self.mean) / self.std
 
-    def restore(self, x):
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
         """Rows (s, a, r, s', probability of a terminal) of standardized rows, within the ranges."""
         rows = (self.mean + self.std * x).clamp(self.low, self.high)
-        # Bootstrapping with 1 - p is the mean of drawing the terminal, without the noise of it.
+        # Bootstrapping with 1 - p is the mean over draws of the terminal, without their noise.
         return torch.cat([rows, self.terminal(self.standardize(rows)).sigmoid()], 1)
 
 
@@ -540,19 +482,15 @@ class TransitionEnergy(nn.Module):
         self.n_columns = n_columns
         self.net = MLP([n_columns + 4, hidden, hidden, hidden, 1])
 
-    def forward(self, x_t, t):
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Energies [...] of x_t [..., W] at t, which broadcasts to [...]."""
         times = time_features(t).expand(*x_t.shape[:-1], -1)
         return self.net(torch.cat([x_t[..., : self.n_columns], times], -1)).squeeze(-1)
 
 
-def transition_loss(model: TransitionModel, x):
-    """Noise prediction loss on standardized rows [B, W], a scalar."""
-    t, noise, x_t = noised(x, len(x))
-    return F.mse_loss(model(x_t, t), noise)
-
-
-def contrastive_loss(energy: TransitionEnergy, positives, negatives):
+def contrastive_loss(
+    energy: TransitionEnergy, positives: torch.Tensor, negatives: torch.Tensor
+) -> torch.Tensor:
     """InfoNCE of positives [B, W] against K negatives each, [B, K, W], all noised; a scalar.
 
     The minimiser is log(density of noised positives / density of noised negatives) + c(t). A
@@ -565,12 +503,14 @@ def contrastive_loss(energy: TransitionEnergy, positives, negatives):
 
 
 @torch.no_grad()
-def sample_transitions(model: TransitionModel, energies: list, n: int, steps: int):
+def sample_transitions(
+    model: TransitionModel, energies: list[tuple[TransitionEnergy, float]], n: int, steps: int
+) -> torch.Tensor:
     """Draw standardized rows [n, W], guided by the energies in [(energy, scale), ...]."""
     # The mean of the data given noised data lies within the range of the data; see `solve`.
     bound = torch.maximum(model.high - model.mean, model.mean - model.low) / model.std
 
-    def noise_prediction(x_t, t):
+    def noise_prediction(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         prediction = model(x_t, t)
         if not energies:
             return prediction
@@ -582,630 +522,398 @@ def sample_transitions(model: TransitionModel, energies: list, n: int, steps: in
         return prediction - alpha_sigma(t)[1] * gradient
 
     noise = torch.randn(n, len(model.mean), device=model.mean.device)
-    return solve(noise_prediction, noise, steps, bound)
-
-
-def draw(rows, *shape: int):
-    """Draw [*shape, W] from rows [N, W], with replacement."""
-    return rows[torch.randint(len(rows), shape, device=rows.device)]
-
-
-GENERATION_CHUNK = 10_000  # rows generated at once
+    return torch.cat([solve(noise_prediction, x, steps, bound) for x in noise.split(10_000)])
 
 
 class EDIS:
-    """The model, its energies, and the generated rows that take the offline half's place.
+    """Generates rows of the current policy, by a model of all data and three energies.
 
-    The energies are log ratios of densities whose sum leads from the model's rows to the current
-    policy's: `dynamics` is data / model, `state` is online data / data, and `action` is (s, a) of
-    the policy / (s, a) of the data, at online states. Purposes and product are EDIS's; each ratio
-    is of distributions that whole rows can be drawn from. The first two see whole rows, because
-    s'_t too tells of s: an energy of s_t alone guides the states too weakly at large t. `action`
-    has that fault, as what follows the policy's actions is unknown.
+    The energies are log ratios of densities whose sum leads from the model's rows to the policy's:
+    `dynamics` is data / model, `state` is online data / data, and `action` is (s, a) of the policy
+    / (s, a) of the data, at online states. The first two see whole rows, because s'_t too tells of
+    s: an energy of s_t alone guides the states too weakly at large t. `action` has that fault, as
+    what follows the policy's actions is unknown.
     """
 
-    PARTS = ("model", "energies", "generated")
+    def __init__(self, config: TrainConfig, trainer, state_dim: int, action_dim: int):
+        self.config, self.trainer = config, trainer
+        self.state_dim, self.action_dim = state_dim, action_dim
+        self.generated = ReplayBuffer(state_dim, action_dim, config.n_generated, config.device)
 
-    def __init__(self, cfg: Config, run, agent, offline_buffer: ReplayBuffer, online_buffer):
-        self.cfg, self.run, self.agent = cfg, run, agent
-        self.buffers, dims = (offline_buffer, online_buffer), offline_buffer.dims
-        self.n_columns = sum(offline_buffer.widths[:4])  # s, a, r and s'
-        columns = dict.fromkeys(ENERGIES, self.n_columns) | {"action": sum(dims)}
-        scales = (cfg.state_guidance, cfg.action_guidance, cfg.dynamics_guidance)
-        self.scales = {k: x for k, x in zip(ENERGIES, scales, strict=True) if x > 0}
-        with own_draws(cfg.seed, agent.device):  # the baseline's run up to the first training
-            self.model = TransitionModel(self.n_columns, cfg.model_width, cfg.model_depth)
-            energies = {k: TransitionEnergy(columns[k], cfg.energy_hidden) for k in self.scales}
-        self.model = self.model.to(agent.device)
-        self.energies = nn.ModuleDict(energies).to(agent.device)
-        self.generated = ReplayBuffer(*dims, cfg.n_generated, agent.device)
+    def fit(self, offline_buffer: ReplayBuffer, online_buffer: ReplayBuffer) -> dict[str, float]:
+        """Train a new model and new energies on all data, and replace the generated rows.
 
-    def __call__(self, step: int) -> ReplayBuffer:
-        """Where the offline half comes from: the data, then what the last training generated."""
-        if step > 0 and step % self.cfg.edis_freq == 0:
-            start, losses = time.perf_counter(), self.train(step)
-            self.run.add(losses)
-            if not sys.stderr.isatty():
-                shown = [f"{name} {x:.4f}" for name, x in losses.items()]
-                shown += [f"{time.perf_counter() - start:.0f} s"]
-                print(f"online step {step:,}: transitions generated", *shown, sep=", ", flush=True)
-        return self.generated if self.generated.size else self.buffers[0]
-
-    def train(self, step: int) -> dict:
-        """Train the model on all data, offline and online, then the energies; generate anew."""
-        cfg = self.cfg
-        rows = torch.cat([x.rows[: x.size, : self.n_columns + 1] for x in self.buffers])
-        rows, terminals = rows[:, :-1], rows[:, -1:]
-        self.model.set_statistics(rows)
-        x, sizes = self.model.standardize(rows), (cfg.model_iterations, cfg.model_lr)
-        table = torch.cat([x, terminals], 1)
-        losses = self.fit(self.model, self.model_losses, table, *sizes, decay=True)
-        if self.scales:
-            pairs, sizes = self.contrasts(rows, x), (cfg.energy_iterations, cfg.energy_lr)
-            losses |= self.fit(self.energies, self.energy_losses, pairs, *sizes)
-        energies = [(self.energies[k], scale) for k, scale in self.scales.items()]
-        with torch.no_grad():
-            generated = self.model.restore(self.generate(cfg.n_generated, energies))
-        for name, values in {**losses, "a generated transition": generated}.items():
+        Returns the losses, means over about the last 1,000 updates.
+        """
+        config, n = self.config, 2 * self.state_dim + self.action_dim + 1  # columns s, a, r, s'
+        online = online_buffer.state_dict()["rows"]
+        rows = torch.cat([offline_buffer.state_dict()["rows"], online])
+        losses = self.fit_model(rows[:, :n], rows[:, n, None])
+        losses |= self.fit_energies(rows[:, :n], online[:, :n])
+        energies = [(f, getattr(config, f"{k}_guidance")) for k, f in self.energies.items()]
+        generated = self.model.restore(self.sample(config.n_generated, energies))
+        for name, values in {**losses, "a generated row": generated}.items():
             if not values.isfinite().all():
-                self.run.stop_on_nan(name, "online", step)
-        # Cal-QL's Monte-Carlo returns are -inf here: a bound that never holds.
-        n_returns = self.generated.rows.shape[1] - generated.shape[1]
-        self.generated.load_state_dict({"rows": F.pad(generated, (0, n_returns), value=-math.inf)})
-        return losses
+                raise FloatingPointError(f"{name} is not finite in a training of EDIS's model")
+        # Cal-QL's Monte-Carlo returns are unknown here: -inf is a bound that never holds.
+        generated = nn.functional.pad(generated, (0, rows.shape[1] - n - 1), value=-math.inf)
+        self.generated.load_state_dict({"rows": generated})
+        return {name: x.item() for name, x in losses.items()}
 
-    def model_losses(self, table) -> dict:
-        """Losses of the model on a batch of standardized rows and terminals [N, W + 1]."""
-        x, terminals = draw(table, self.cfg.model_batch_size).split([self.n_columns, 1], 1)
-        of_terminals = F.binary_cross_entropy_with_logits(self.model.terminal(x), terminals)
-        return {"model_loss": transition_loss(self.model, x), "terminal_loss": of_terminals}
+    def fit_model(self, rows: torch.Tensor, terminals: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Train a new model on rows [N, W] and terminals [N, 1]; self.model is its average."""
+        config = self.config
+        model = TransitionModel(rows, config.model_width, config.model_depth).to(config.device)
+        self.model = deepcopy(model).requires_grad_(False)
+        x = model.standardize(rows)
 
-    def contrasts(self, rows, x) -> dict:
-        """Positives and negatives of each energy, from all rows [N, W], as they are and as x."""
-        n, (state_dim, action_dim) = self.buffers[0].size, self.buffers[0].dims
-        online = rows[n:].clone()
-        actions = self.agent.act(online[:, :state_dim].cpu().numpy(), deterministic=False)
-        online[:, state_dim : state_dim + action_dim] = torch.from_numpy(actions)
-        pairs = {"state": (x[n:], x), "action": (self.model.standardize(online), x[n:])}
-        if "dynamics" in self.scales:
-            pairs["dynamics"] = (x, self.generate(self.cfg.n_unguided, []))
-        return pairs
+        def losses() -> dict[str, torch.Tensor]:
+            i = torch.randint(len(x), (config.model_batch_size,), device=x.device)
+            t, noise, x_t = noised(x[i], len(i))
+            model_loss = nn.functional.mse_loss(model(x_t, t), noise)
+            logits = model.terminal(x[i])
+            terminal_loss = nn.functional.binary_cross_entropy_with_logits(logits, terminals[i])
+            return {"model_loss": model_loss, "terminal_loss": terminal_loss}
 
-    def energy_losses(self, pairs: dict) -> dict:
-        """Losses of the energies, which share no parameter, on a batch."""
-        n, losses = self.cfg.energy_batch_size, {}
-        for name, energy in self.energies.items():
-            positives, negatives = draw(pairs[name][0], n), pairs[name][1]
-            negatives = draw(negatives, n, self.cfg.n_negatives)
-            losses[f"{name}_loss"] = contrastive_loss(energy, positives, negatives)
-        return losses
+        sizes = config.model_iterations, config.model_lr
+        return self.minimise("transition model", losses, model, *sizes, average=self.model)
 
-    def fit(self, network, losses, data, iterations: int, lr: float, decay: bool = False) -> dict:
-        """Train on the sum of losses(data), with a new optimizer; gives running means of them."""
-        rate, device = torch.tensor(lr, device=self.agent.device), self.agent.device
+    def fit_energies(self, rows: torch.Tensor, online: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Train new energies, with all rows [N, W] and the online ones among them."""
+        config, s, a = self.config, self.state_dim, self.action_dim
+        columns = {"state": rows.shape[1], "action": s + a, "dynamics": rows.shape[1]}
+        energies = {k: TransitionEnergy(n, config.energy_hidden) for k, n in columns.items()}
+        self.energies = nn.ModuleDict(energies).to(config.device)
+        by_policy = online.clone()
+        actions = self.trainer.act(online[:, :s].cpu().numpy())
+        by_policy[:, s : s + a] = torch.from_numpy(actions)
+        x, x_online, by_policy = map(self.model.standardize, (rows, online, by_policy))
+        pairs = {"state": (x_online, x), "action": (by_policy, x_online)}
+        pairs["dynamics"] = x, self.sample(config.n_unguided, [])
+
+        def losses() -> dict[str, torch.Tensor]:
+            values, n, k = {}, config.energy_batch_size, config.n_negatives
+            for name, (positives, negatives) in pairs.items():
+                batch = draw(positives, n), draw(negatives, n, k)
+                values[f"{name}_loss"] = contrastive_loss(self.energies[name], *batch)
+            return values
+
+        sizes = config.energy_iterations, config.energy_lr
+        return self.minimise("energies", losses, self.energies, *sizes)
+
+    def minimise(
+        self, title: str, losses, network: nn.Module, iterations: int, lr: float,
+        average: nn.Module | None = None,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Minimise the sum of losses() with a new optimizer; returns their running means.
+
+        With `average`, the rate decays and the weights' moving average is kept there.
+        """
+        rate = torch.tensor(lr, device=self.config.device)
         optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True, capturable=True)
 
-        def update() -> dict:
-            values = losses(data)
+        def update() -> dict[str, torch.Tensor]:
+            values = losses()
             optimizer.zero_grad(set_to_none=True)
             sum(values.values()).backward()
             optimizer.step()
-            return {k: x.detach() for k, x in values.items()}
+            return {name: x.detach() for name, x in values.items()}
 
-        update, means = accelerated(update, self.cfg, device), {}
-        for i in progress_bar(losses.__name__, 0, iterations):
-            self.heed_stop()
-            rate.fill_(lr * 0.5 * (1 + math.cos(math.pi * i / iterations)) if decay else lr)
+        update, means = accelerate(update, self.config), {}
+        report = progress(title, iterations)
+        for i in range(iterations):
+            if average is not None:  # cosine decay
+                rate.fill_(lr * 0.5 * (1 + math.cos(math.pi * i / iterations)))
             share = max(1 / (i + 1), 0.001)
             means = {k: means.get(k, 0) * (1 - share) + share * x for k, x in update().items()}
+            if average is not None and i % 10 == 0:  # a copy up to i = 100, then ever slower
+                share = max(1 - self.config.model_ema, (1 + max(0, i - 100)) ** (-2 / 3))
+                soft_update(average, network, share)
+            report(i + 1)
         return means
 
-    def generate(self, n: int, energies: list):
-        """Standardized rows [n, W], drawn a chunk at a time."""
-        chunks, steps = [], self.cfg.n_denoising_steps
-        for start in range(0, n, GENERATION_CHUNK):
-            self.heed_stop()
-            size = min(GENERATION_CHUNK, n - start)
-            with autocast(self.cfg, self.agent.device):
-                chunks.append(sample_transitions(self.model, energies, size, steps))
-        return torch.cat(chunks)
-
-    def heed_stop(self):
-        """At Ctrl-C end the run; what this training has done is lost."""
-        if self.run.stop:
-            sys.exit("interrupted in EDIS's training; the same command repeats it")
-
-    def state_dict(self) -> dict:
-        """All that outlives a training."""
-        return {name: getattr(self, name).state_dict() for name in self.PARTS}
-
-    def load_state_dict(self, state: dict):
-        """Inverse of state_dict."""
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
+    def sample(self, n: int, energies: list[tuple[TransitionEnergy, float]]) -> torch.Tensor:
+        """Standardized rows [n, W] of the model under the energies."""
+        with torch.autocast(self.config.device, torch.bfloat16, self.config.precision == "bf16"):
+            return sample_transitions(self.model, energies, n, self.config.n_denoising_steps)
 
 
-# --- Evaluation ---
+# --- Run directory, precision and CUDA graphs: nothing of the algorithm from here to train() ---
 
-
-class Evaluator:
-    """Runs the mean policy in environments of its own, one episode in each, side by side."""
-
-    def __init__(self, cfg: Config):
-        self.cfg = cfg
-        self.envs = [gym.make(cfg.env) for _ in range(cfg.n_episodes)]
-        # MuJoCo's steps run outside Python's lock, about 4/5 of the time: few threads suffice.
-        self.n_threads = min(8, os.cpu_count())
-        self.pool = ThreadPoolExecutor(self.n_threads)
-
-    def __call__(self, agent) -> dict:
-        """Return mean and standard deviation, normalized score (0 to 100), success rate."""
-        seeds = range(self.cfg.eval_seed, self.cfg.eval_seed + self.cfg.n_episodes)
-        states = np.stack([x.reset(seed=s)[0] for x, s in zip(self.envs, seeds, strict=True)])
-        returns, running = np.zeros(self.cfg.n_episodes), np.ones(self.cfg.n_episodes, bool)
-
-        def step(rows):
-            for i in rows:
-                states[i], reward, terminated, truncated, _ = self.envs[i].step(actions[i])
-                returns[i] += reward
-                running[i] = not (terminated or truncated)
-
-        while running.any():
-            actions = agent.act(states, True)
-            list(self.pool.map(step, np.array_split(np.flatnonzero(running), self.n_threads)))
-        score = d4rl.get_normalized_score(self.cfg.env, returns.mean())
-        antmaze = d4rl.task(self.cfg.env).family == "antmaze"
-        return {
-            "return_mean": float(returns.mean()),
-            "return_std": float(returns.std()),
-            "normalized_score": 100 * float(score),
-            "success_rate": float((returns > 0).mean()) if antmaze else "",
-        }
-
-
-# --- Run directory: logs, checkpoints, cache ---
+# Settings that may change when a run goes on
+FREE = ("device", "threads", "online_iterations", "runs_dir", "name", "project", "wandb")
 
 
 class Run:
-    """Writes config.yaml, eval.csv, train.csv, checkpoint.pt, curve.png and summary.yaml."""
+    """Files of a run in runs_dir/name/env/seed_N; all are written from checkpoint.pt."""
 
-    def __init__(self, cfg: Config):
-        self.cfg, self.settings = cfg, dataclasses.asdict(cfg)
-        self.dir = Path(cfg.runs_dir, cfg.name, cfg.env, f"seed_{cfg.seed}")
-        self.checkpoint = self.dir / "checkpoint.pt"
-        self.open_directory()
-        self.resumed = load(self.checkpoint) if self.checkpoint.exists() else None
-        for name, columns in CSV_COLUMNS.items():
-            if self.resumed:  # rows that are newer than the checkpoint will be written again
-                os.truncate(self.dir / f"{name}.csv", self.resumed["csv_sizes"][name])
-            else:
-                write(self.dir / f"{name}.csv", ",".join(columns) + "\n")
-        self.sums, self.counts, self.last, self.score, self.stop = {}, {}, {}, "", False
-        self.clock, self.clock_step = time.perf_counter(), 0
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.request_stop)
-        self.wandb = None if cfg.wandb == "disabled" else self.start_wandb()
-
-    def open_directory(self):
-        """One configuration and one process to a directory; a finished one is left alone."""
-        if (self.dir / "summary.yaml").exists():
-            sys.exit(f"error: {self.dir} is finished; take another --seed or --name, or delete it")
+    def __init__(self, config: TrainConfig):
+        self.config, self.settings = config, {**asdict(config), "script": Path(__file__).stem}
+        self.dir = Path(config.runs_dir, config.name, config.env, f"seed_{config.seed}")
+        self.dir = self.dir.expanduser()
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock", timeout=0)
-        try:
-            self.lock.acquire()
-        except TimeoutError:
-            sys.exit(f"error: another process is training in {self.dir}")
-        path = self.dir / "config.yaml"
-        if path.exists():
-            old = yaml.safe_load(path.read_text())
-            free = ("device", "compile", "cuda_graph", "threads", "wandb", "project", "runs_dir")
-            new = [k for k, v in self.settings.items() if k not in free and old.get(k) != v]
-            if new:
-                sys.exit(f"error: {self.dir} has other settings of {', '.join(new)}; repeat them "
-                         "to go on with that run, take another --name, or delete it")  # fmt: skip
-        write(path, yaml.safe_dump(self.settings, sort_keys=False))
+        self.checkpoint = {"phase": "offline", "rows": {}, "sums": {}, "n_sums": 0, "wandb": None}
+        if (self.dir / "checkpoint.pt").exists():
+            self.checkpoint = load(self.dir / "checkpoint.pt")
+            old, new = self.checkpoint["settings"], self.settings
+            if other := [k for k in new | old if k not in FREE and new.get(k) != old.get(k)]:
+                sys.exit(f"error: {self.dir} is of another {', '.join(other)}: take another --name")
+            step = self.checkpoint["step"] if self.checkpoint["phase"] == "online" else -1
+            if step >= config.online_iterations:
+                sys.exit(f"error: {self.dir} is finished: take another --seed or --name")
+        self.rows = self.checkpoint["rows"]  # of eval.csv and train.csv
+        self.sums, self.n_sums = self.checkpoint["sums"], self.checkpoint["n_sums"]
+        self.n_steps = 0  # since the last row of train.csv
+        self.clock = self.last_save = time.perf_counter()
 
-    def start_wandb(self):
-        """Start wandb without ever asking; the local files stay the truth."""
-        import wandb
+    def wandb_init(self) -> wandb.Run:
+        """Write config.yaml and start logging to wandb."""
+        settings = {k: v for k, v in asdict(self.config).items() if k not in ("name", "runs_dir")}
+        write(self.dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        return wandb.init(
+            project=self.config.project, group=f"{self.config.name}-{self.config.env}",
+            mode=self.config.wandb, id=self.checkpoint["wandb"], resume="allow", dir=self.dir,
+            config=settings, settings=wandb.Settings(silent=True),
+        )  # fmt: skip
 
-        cfg, mode = self.cfg, self.cfg.wandb
-        if mode == "auto":
-            mode = "online" if wandb.login(prompt=False) else "offline"
-        group = f"{cfg.name}-{cfg.env}"
-        id_ = self.resumed["wandb_id"] if self.resumed else None
-        return wandb.init(project=cfg.project, group=group, name=f"{group}-{cfg.seed}", mode=mode,
-                          id=id_, resume="allow", dir=self.dir, config=self.settings,
-                          settings=wandb.Settings(silent=True))  # fmt: skip
+    def add(self, log_dict: dict[str, torch.Tensor]):
+        """Sum what an update logs, on the device; its names are the same throughout a phase."""
+        if not self.sums:
+            self.sums = {name: torch.zeros_like(x) for name, x in log_dict.items()}
+        torch._foreach_add_(list(self.sums.values()), list(log_dict.values()))
+        self.n_sums += 1
 
-    def request_stop(self, *_):
-        """Ctrl-C or SIGTERM: save and stop at the end of the step; a second one stops at once."""
-        if self.stop:
-            sys.exit("stopped")
-        self.stop = True
+    def log_means(self, phase: str, step: int):
+        """Log the means since the last call; ends the run where one is not finite."""
+        row = {"steps_per_second": self.n_steps / (time.perf_counter() - self.clock)}
+        row |= {name: (x / self.n_sums).item() for name, x in self.sums.items()}
+        if bad := [name for name, x in row.items() if not math.isfinite(x)]:
+            raise FloatingPointError(f"{bad[0]} is not finite at {phase} step {step}")
+        self.log("train", phase, step, row)
+        self.sums, self.n_sums = {}, 0
+        self.n_steps, self.clock = 0, time.perf_counter()
 
-    def append(self, name: str, row: dict):
+    def log(self, kind: str, phase: str, step: int, row: dict[str, float]):
         """Add a row to eval.csv or train.csv, and to wandb."""
-        with open(self.dir / f"{name}.csv", "a", newline="") as f:
-            csv.DictWriter(f, CSV_COLUMNS[name], restval="", extrasaction="ignore").writerow(row)
-        if self.wandb:
-            self.wandb.log({f"{row['phase']}/{k}": v for k, v in row.items() if v != ""})
+        rows = self.rows.setdefault(kind, [])
+        rows.append({"phase": phase, "step": step, **row})
+        columns = dict.fromkeys(name for row in rows for name in row)
+        lines = [[str(row.get(name, "")) for name in columns] for row in rows]
+        table = "".join(",".join(line) + "\n" for line in [columns, *lines])
+        write(self.dir / f"{kind}.csv", table)
+        self.wandb.log({f"{phase}/{name}": x for name, x in row.items()} | {f"{phase}/step": step})
 
-    def read(self, name: str, phase: str) -> list[dict]:
-        """Rows of eval.csv or train.csv of one phase; numbers as floats, empty cells left out."""
-        with open(self.dir / f"{name}.csv", newline="") as f:
-            rows = [r for r in csv.DictReader(f) if r.pop("phase") == phase]
-        return [{k: float(v) for k, v in row.items() if v != ""} for row in rows]
-
-    def add(self, metrics: dict):
-        """Sum metrics on the device: 0-d tensors, the same names at each call from one place."""
-        names, values = tuple(metrics), torch.stack(list(metrics.values()))
-        self.sums[names] = self.sums.get(names, 0) + values
-        self.counts[names] = self.counts.get(names, 0) + 1
-
-    def write_means(self, phase: str, step: int):
-        """Write the means since the last call; one that is not finite ends the run."""
-        now = time.perf_counter()
-        self.last = {"steps_per_second": (step - self.clock_step) / (now - self.clock)}
-        for names, values in self.sums.items():
-            means = (values / self.counts[names]).tolist()
-            self.last |= dict(zip(names, means, strict=True))
-        for name, value in self.last.items():
-            if not math.isfinite(value):
-                self.stop_on_nan(name, phase, step)
-        self.append("train", {"phase": phase, "step": step, **self.last})
-        self.sums, self.counts, self.clock, self.clock_step = {}, {}, now, step
-
-    def stop_on_nan(self, name: str, phase: str, step: int):
-        """End the run; the checkpoint is older than what broke."""
-        sys.exit(f"error: {name} is not finite at {phase} step {step}; the last good state is in "
-                 f"{self.checkpoint}")  # fmt: skip
-
-    def after_step(self, phase: str, step: int, bar, parts: dict, evaluator):
+    def after_step(self, phase: str, step: int, last: int, parts: dict, evaluate):
         """Log, evaluate and save where they are due."""
-        last = step == bar.total
-        if step % self.cfg.log_freq == 0 or last:
-            self.write_means(phase, step)
-            shown = {k: f"{self.last[k]:.4g}" for k in PANELS if k in self.last}
-            bar.set_postfix(shown | {"score": self.score}, refresh=False)
+        config, self.n_steps = self.config, self.n_steps + 1
+        if step % config.log_freq == 0 or step == last:
+            self.log_means(phase, step)
         start = time.perf_counter()
-        if step % (self.cfg.eval_freq if phase == "online" else self.cfg.offline_eval_freq) == 0:
-            self.evaluate(phase, step, parts["agent"], evaluator)
-        stop = self.stop  # a signal that comes from here on stops the next step
-        if step % self.cfg.checkpoint_freq == 0 or last or stop:
+        if step % (config.eval_freq if phase == "online" else config.offline_eval_freq) == 0:
+            evaluate(phase, step)
+        if step % config.checkpoint_freq == 0 or step == last or start - self.last_save > 600:
             self.save(phase, step, parts)
-        if stop:
-            sys.exit(f"interrupted at {phase} step {step}; the same command goes on from there")
         self.clock += time.perf_counter() - start
 
-    def evaluate(self, phase: str, step: int, agent, evaluator):
-        """Evaluate, record it, redraw curve.png; a plain line where there is no bar."""
-        with own_draws(self.cfg.eval_seed, agent.device):
-            result = evaluator(agent)
-        self.score = f"{result['normalized_score']:.1f}"
-        self.append("eval", {"phase": phase, "step": step, **result})
-        self.plot()
-        if not sys.stderr.isatty():
-            shown = [f"{k} {v:.4g}" for k, v in self.last.items() if k in PANELS]
-            print(f"{phase} step {step:,}: score {self.score}", *shown, sep=", ", flush=True)
-
     def save(self, phase: str, step: int, parts: dict):
-        """Write a checkpoint from which the run goes on as if it had not been interrupted."""
-        groups = parts["agent"].optimizer.param_groups
+        """Write all that going on needs, as if the run had not been interrupted."""
+        groups = parts["trainer"].optimizer.param_groups
         if not all(p.isfinite().all() for group in groups for p in group["params"]):
-            self.stop_on_nan("a weight of the agent", phase, step)
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"phase": phase, "step": step, "rng": torch.get_rng_state()}
-        state["cuda_rng"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        state["csv_sizes"] = {k: (self.dir / f"{k}.csv").stat().st_size for k in CSV_COLUMNS}
-        state["wandb_id"] = self.wandb.id if self.wandb else None
-        save(self.checkpoint, state)
+            raise FloatingPointError(f"a weight is not finite at {phase} step {step}")
+        cuda_rng = torch.cuda.get_rng_state() if self.config.device == "cuda" else None
+        state = {"settings": self.settings, "phase": phase, "step": step, "rows": self.rows}
+        state |= {"sums": self.sums, "n_sums": self.n_sums, "wandb": self.wandb.id}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
+        state |= {name: part.state_dict() for name, part in parts.items()}
+        save(self.dir / "checkpoint.pt", state)
+        self.last_save = time.perf_counter()
 
-    def restore(self, phase: str, parts: dict) -> int:
-        """Load the checkpoint into `parts` if it is of this phase; gives the steps done."""
-        if not self.resumed or self.resumed["phase"] != phase:
-            return 0
+    def restore(self, phase: str, parts: dict) -> int | None:
+        """Load the checkpoint if it is of this phase; returns the steps that are done."""
+        state = self.checkpoint
+        if "step" not in state or state["phase"] != phase:
+            return None
         for name, part in parts.items():
-            part.load_state_dict(self.resumed[name])
-        torch.set_rng_state(self.resumed["rng"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(self.resumed["cuda_rng"])
-        self.clock_step = self.resumed["step"]
-        print(f"going on with {self.dir} from {phase} step {self.clock_step:,}", flush=True)
-        return self.clock_step
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+        if self.config.device == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        print(f"going on with {self.dir} from {phase} step {state['step']:,}", flush=True)
+        return state["step"]
 
     def plot(self):
-        """Draw curve.png: the online scores from the offline agent's on, and PANELS below."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        names, scores = ["normalized_score", *PANELS], self.read("eval", "online")
-        figure = Figure(figsize=(6, 1.5 + 1.5 * len(names)), layout="constrained")
-        axes = figure.subplots(len(names), sharex=True, height_ratios=[2] + [1] * len(PANELS))
-        for ax, name in zip(axes, names, strict=True):
-            rows = scores if name == "normalized_score" else self.read("train", "online")
-            points = np.array([(r["step"], r[name]) for r in rows if name in r]).reshape(-1, 2)
-            ax.plot(*points.T, color="C0", marker="o" if rows is scores else "", ms=4)
-            ax.set_ylabel(PANELS.get(name, "normalized score"))
-            ax.spines[["top", "right"]].set_visible(False)
-        if scores:
-            offline = scores[0]["normalized_score"]
-            axes[0].axhline(offline, color="0.5", ls="--", lw=1)
-            axes[0].annotate("offline agent", (1, offline), xycoords=("axes fraction", "data"),
-                             color="0.4", ha="right", va="bottom")  # fmt: skip
-        axes[-1].set_xlabel("online environment steps")
-        axes[0].set_title(f"{self.cfg.name}, {self.cfg.env}, seed {self.cfg.seed}\n"
-                          f"data: {self.cfg.data}", fontsize=10)  # fmt: skip
-        FigureCanvasAgg(figure).print_png(str(self.dir / "curve.tmp"))
-        os.replace(self.dir / "curve.tmp", self.dir / "curve.png")
-
-    def finish(self):
-        """Write summary.yaml, which marks the run as finished, and print the closing line."""
-        scores = [row["normalized_score"] for row in self.read("eval", "online")]
-        offline, last, best = scores[0], float(np.mean(scores[1:][-4:] or scores)), max(scores)
-        summary = {"offline_score": offline, "last_four_mean": last, "best": best}
-        versions = {"torch": str(torch.__version__), "numpy": np.__version__, "data": self.cfg.data}
-        write(self.dir / "summary.yaml", yaml.safe_dump(summary | versions, sort_keys=False))
-        self.lock.release()
-        if self.wandb:
-            self.wandb.finish()
-        print(f"{self.cfg.name} on {self.cfg.env} (data: {self.cfg.data}), seed {self.cfg.seed}: "
-              f"offline score {offline:.1f}, mean of the last four evaluations {last:.1f}, "
-              f"best {best:.1f}\ncurve: {self.dir / 'curve.png'}")  # fmt: skip
+        """Draw curve.png: PANELS along fine-tuning."""
+        figure = Figure(figsize=(6, 3 + len(PANELS)), layout="constrained")
+        axes = figure.subplots(len(PANELS), sharex=True)
+        for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
+            rows = [row for kind in self.rows.values() for row in kind if name in row]
+            points = [(row["step"], row[name]) for row in rows if row["phase"] == "online"]
+            ax.plot(*zip(*points, strict=True) if points else ([], []), marker=".")
+            ax.set_ylabel(label)
+        axes[0].set_title(f"{self.config.name}, {self.config.env}, seed {self.config.seed}")
+        axes[-1].set_xlabel(f"online environment steps (data: {self.config.data})")
+        figure.savefig(self.dir / "curve.png")
 
 
-@contextmanager
-def own_draws(seed: int, device):
-    """Draw from a seed of one's own and leave the run's random state as it was."""
-    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+def accelerate(update, config: TrainConfig):
+    """An update without arguments, in config.precision, compiled, or as a CUDA graph.
 
+    For a graph the first three calls warm up, the fourth records, the others replay: all that the
+    update changes are tensors that stay where they are, and the next call overwrites its results.
+    """
+    if config.compile:
+        update = torch.compile(update)
+    # No cache: it would hold the casts of weights from before the optimizer's step.
+    bf16 = config.precision == "bf16"
+    update = torch.autocast(config.device, torch.bfloat16, bf16, cache_enabled=False)(update)
+    if config.device != "cuda" or not config.cuda_graph:
+        return update
+    graph, stream, calls, results = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
 
-def write(path: Path, text: str):
-    """Write a text file, whole or not at all."""
-    path.with_suffix(".tmp").write_text(text)
-    os.replace(path.with_suffix(".tmp"), path)
+    def replay():
+        nonlocal calls, results
+        calls += 1
+        if calls <= 3:  # on a stream of their own, as PyTorch asks for before a recording
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results = update()
+            torch.cuda.current_stream().wait_stream(stream)
+            return results
+        if calls == 4:
+            with torch.cuda.graph(graph):
+                results = update()
+        graph.replay()
+        return results
 
-
-def save(path: Path, state: dict):
-    """Write tensors, whole or not at all."""
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def load(path: Path) -> dict:
-    """Read what `save` wrote; a broken file ends the program with one line."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        sys.exit(f"error: cannot read {path} ({type(e).__name__}); delete it to start afresh")
-
-
-@contextmanager
-def cached(cfg: Config, kind: str, fields: list, data_digest: str):
-    """Path of a result that depends on the data and `fields` alone; other processes wait."""
-    key = json.dumps([kind, data_digest, {k: getattr(cfg, k) for k in fields}])
-    path = Path(cfg.runs_dir, "cache")
-    path.mkdir(parents=True, exist_ok=True)
-    path /= f"{kind}-{cfg.env}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt"
-    with FileLock(f"{path}.lock"):
-        if path.exists():
-            print(f"cache hit: {kind} from {path}", flush=True)
-        yield path
+    return replay
 
 
 # --- Training ---
 
 
-def automatic_precision(cfg: Config, device: str) -> str:
-    """What --precision auto stands for: the precision of the run to go on with, else bf16 if its
-    products take less than 3/4 of the time.
-    """
-    path = Path(cfg.runs_dir, cfg.name, cfg.env, f"seed_{cfg.seed}", "config.yaml")
-    if path.exists():
-        return yaml.safe_load(path.read_text())["precision"]
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, runs = torch.ones(1024, 1024, dtype=dtype, device=device), []
-        for _ in range(10):
-            start = time.perf_counter()
-            (x @ x)[0, 0].item()
-            runs.append(time.perf_counter() - start)
-        times[dtype] = min(runs)
-    return "bf16" if times[torch.bfloat16] < 0.75 * times[torch.float32] else "fp32"
+def train(config: TrainConfig):
+    """Train offline, or take the agent of --load_model; then fine-tune online."""
+    torch.set_num_threads(config.threads)
+    source = {"data": config.data, "regenerated_size": config.regenerated_size}
+    dataset = d4rl.qlearning_dataset(config.env, **source)
+    reward_scale, reward_shift = modify_reward(dataset, config)
+    dims = dataset["observations"].shape[1], dataset["actions"].shape[1]
+    offline_buffer = ReplayBuffer(*dims, len(dataset["rewards"]), config.device)
+    offline_buffer.load_d4rl_dataset(dataset)
+    online_buffer = ReplayBuffer(*dims, config.online_iterations, config.device)
+    env = d4rl.ResumableEnv(gym.make(config.env))
+    eval_envs = d4rl.make_eval_envs(config.env, config.n_episodes)
 
+    run = Run(config)
+    with run.lock, run.wandb_init() as run.wandb:
+        torch.manual_seed(config.seed)
+        trainer = ImplicitQLearning(*dims, config)
 
-def autocast(cfg: Config, device: str):
-    """Context in which the networks' products are in cfg.precision; all else stays in fp32."""
-    # Without the cache, which would hold the casts of weights from before an optimizer's step.
-    on = cfg.precision == "bf16"
-    return torch.autocast(torch.device(device).type, torch.bfloat16, on, cache_enabled=False)
+        def evaluate(phase: str, step: int):
+            returns = eval_actor(eval_envs, trainer, config.n_episodes, config.eval_seed)
+            score = 100 * d4rl.get_normalized_score(config.env, float(returns.mean()))
+            row = {"return_mean": float(returns.mean()), "return_std": float(returns.std())}
+            run.log("eval", phase, step, {**row, "d4rl_normalized_score": float(score)})
+            run.plot()
+            print(f"{phase} step {step:,}: score {score:.1f}", flush=True)
 
+        # Offline: updates on the dataset alone.
+        if config.load_model and run.checkpoint["phase"] == "offline":
+            agent = load(Path(config.load_model).expanduser())
+            old = agent.get("settings", {})
+            if other := [k for k in OFFLINE_FIELDS if old.get(k) != getattr(config, k)]:
+                sys.exit(f"error: {config.load_model} was trained with another {', '.join(other)}")
+            trainer.load_state_dict(agent["trainer"])
+        elif run.checkpoint["phase"] == "offline":
+            parts, last = {"trainer": trainer}, config.offline_iterations
+            start = run.restore("offline", parts) or 0
+            size = config.batch_size
+            update = accelerate(lambda: trainer.train(offline_buffer.sample(size)), config)
+            for step in tqdm(range(start, last), "offline", last, initial=start, disable=None):
+                run.add(update())
+                run.after_step("offline", step + 1, last, parts, evaluate)
+            agent = {"trainer": trainer.state_dict(), "settings": run.settings}
+            save(run.dir / "offline.pt", agent)
 
-class CudaGraph:
-    """A function whose kernels are recorded once and replayed from then on, without Python.
+        # Online: one environment step, then `utd` updates on half offline, half online data.
+        torch.manual_seed(config.seed)
+        trainer.start_online()
+        env.reset(seed=config.seed)
+        parts = {"trainer": trainer, "online_buffer": online_buffer, "env": env}
 
-    What it changes must be tensors that stay where they are (a number would be frozen in the
-    recording); its results are the same tensors at every replay. It takes no arguments.
-    """
+        def online_update() -> dict[str, torch.Tensor]:
+            offline_batch = offline_buffer.sample(config.n_offline)
+            online_batch = online_buffer.sample(config.batch_size - config.n_offline)
+            batch = map(torch.cat, zip(offline_batch, online_batch, strict=True))
+            return trainer.train(TensorBatch(*batch))
 
-    WARM_UP_CALLS = 3  # on a stream of their own, as PyTorch asks for before a recording
+        def uniform_update() -> dict[str, torch.Tensor]:  # EDIS: all real rows are equally likely
+            n, size = offline_buffer.size, config.batch_size
+            i = offline_buffer.draw(size, n + online_buffer.size)
+            batches = offline_buffer.rows(i % n), online_buffer.rows((i - n).clamp(min=0))
+            chosen = torch.arange(size, device=i.device) + size * (i >= n)
+            batch = (torch.cat(pair)[chosen] for pair in zip(*batches, strict=True))
+            return trainer.train(TensorBatch(*batch))
 
-    def __init__(self, function, generator=None):
-        self.function, self.calls = function, 0
-        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        if generator is not None:
-            self.graph.register_generator_state(generator)
+        def generated_update() -> dict[str, torch.Tensor]:
+            generated_batch = edis.generated.sample(config.n_offline)
+            online_batch = online_buffer.sample(config.batch_size - config.n_offline)
+            batch = map(torch.cat, zip(generated_batch, online_batch, strict=True))
+            return trainer.train(TensorBatch(*batch))
 
-    def __call__(self):
-        """Call, record or replay it."""
-        self.calls += 1
-        if self.calls <= self.WARM_UP_CALLS:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.results = self.function()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return self.results
-        if self.calls == self.WARM_UP_CALLS + 1:
-            self.record()
-        self.graph.replay()
-        return self.results
-
-    def record(self):
-        """Note the kernels without running them; what waits for the GPU cannot be noted."""
-        try:
-            with torch.cuda.graph(self.graph):
-                self.results = self.function()
-        except RuntimeError as e:
-            why = str(e).splitlines()[0]
-            sys.exit(f"error: cannot record the update ({why}); take --cuda_graph false")
-
-
-def accelerated(update, cfg: Config, device: str, generator=None):
-    """An update without arguments in cfg.precision and, where cfg.cuda_graph says so, as a graph.
-
-    A generator that it draws from, other than the default one, has to be named.
-    """
-
-    def in_precision():
-        with autocast(cfg, device):
-            return update()
-
-    on = cfg.cuda_graph and device == "cuda"
-    return CudaGraph(in_precision, generator) if on else in_precision
-
-
-class TrainingEnv:
-    """The environment that fine-tuning acts in, with all that a checkpoint needs of it."""
-
-    def __init__(self, cfg: Config):
-        self.env = gym.make(cfg.env)
-        self.state, _ = self.env.reset(seed=cfg.seed)
-
-    def step(self, action: np.ndarray) -> tuple:
-        """Act once; gives the transition and truncated. Where an episode ends a new one starts."""
-        state = self.state
-        next_state, reward, terminated, truncated, _ = self.env.step(action)
-        self.state = self.env.reset()[0] if terminated or truncated else next_state
-        return state, action, reward, next_state, terminated, truncated
-
-    def state_dict(self) -> dict:
-        """Simulator, goal, time limit, random state and current observation."""
-        return {"env": d4rl.get_env_state(self.env), "state": self.state.tolist()}
-
-    def load_state_dict(self, state: dict):
-        """Inverse of state_dict."""
-        d4rl.set_env_state(self.env, state["env"])
-        self.state = np.array(state["state"])
-
-
-def progress_bar(phase: str, start: int, total: int):
-    """Count steps on a terminal, and nowhere else."""
-    off = not sys.stderr.isatty()
-    return tqdm(range(start, total), phase, total=total, initial=start, disable=off)
-
-
-def train_offline(cfg: Config, run: Run, agent, buffer: ReplayBuffer, evaluator):
-    """Offline phase: updates on the dataset alone."""
-    parts = {"agent": agent}
-    start = run.restore("offline", parts)
-    if start == 0:
-        run.save("offline", 0, parts)
-    update = accelerated(lambda: agent.update(buffer.sample(cfg.batch_size)), cfg, agent.device)
-    bar = progress_bar("offline", start, cfg.offline_iterations)
-    for step in bar:
-        run.add(update())
-        run.after_step("offline", step + 1, bar, parts, evaluator)
-
-
-def offline_agent(cfg: Config, run: Run, agent, buffer: ReplayBuffer, evaluator):
-    """Train the agent offline, or take the cached one with its evaluations."""
-    with cached(cfg, OFFLINE_METHOD, OFFLINE_FIELDS, buffer.digest()) as path:
-        if path.exists():
-            state = load(path)
-            agent.load_state_dict(state["agent"])
-            write(run.dir / "eval.csv", state["eval.csv"])
-        else:
-            train_offline(cfg, run, agent, buffer, evaluator)
-            evals = (run.dir / "eval.csv").read_text()
-            save(path, {"agent": agent.state_dict(), "eval.csv": evals})
-
-
-def fine_tune(cfg: Config, run: Run, agent, offline_buffer: ReplayBuffer, transform, evaluator):
-    """Online phase: one environment step, then `utd` updates on half-and-half batches."""
-    torch.manual_seed(cfg.seed)
-    agent.start_online()
-    env = TrainingEnv(cfg)
-    online_buffer = ReplayBuffer(*offline_buffer.dims, cfg.online_iterations, agent.device)
-    parts = {"agent": agent, "online_buffer": online_buffer, "env": env}
-
-    def mixed_update() -> dict:
-        """A step of the agent on half offline and half online data."""
-        offline_batch = offline_buffer.sample(cfg.n_offline)
-        online_batch = online_buffer.sample(cfg.batch_size - cfg.n_offline)
-        return agent.update(concatenate(offline_batch, online_batch))
-
-    update = accelerated(mixed_update, cfg, agent.device)
-    if cfg.edis_freq:  # EDIS
-        parts["edis"] = edis = EDIS(cfg, run, agent, offline_buffer, online_buffer)
-    run.clock, run.clock_step = time.perf_counter(), 0
-    start = run.restore("online", parts)
-    if start == 0:
-        run.evaluate("online", 0, agent, evaluator)
-        run.save("online", 0, parts)
-    bar = progress_bar("online", start, cfg.online_iterations)
-    for step in bar:
-        action = agent.act(env.state[None], deterministic=False)[0]
-        if not np.isfinite(action).all():
-            run.write_means("online", step)  # names the loss that is not finite either
-            run.stop_on_nan("the policy's action", "online", step)
-        if cfg.edis_freq and edis(step) is not offline_buffer:  # EDIS: generated transitions
-            offline_buffer = edis.generated  # take the offline half's place
-            update = accelerated(mixed_update, cfg, agent.device)
-        # Before the environment, whose step then runs while a GPU is at work on the update.
-        for _ in range(cfg.utd if step >= cfg.initial_collection_steps else 0):
-            run.add(update())
-        state, action, reward, next_state, terminated, _ = env.step(action)
-        reward = reward * transform[0] + transform[1]
-        online_buffer.add([state], [action], [reward], [next_state], [terminated])
-        run.after_step("online", step + 1, bar, parts, evaluator)
+        edis = EDIS(config, trainer, *dims)
+        parts["generated"] = edis.generated
+        update_on_generated = accelerate(generated_update, config)
+        update = accelerate(uniform_update if config.generated_updates else online_update, config)
+        first_training = max(config.edis_start, config.initial_collection_steps)
+        start, last = run.restore("online", parts), config.online_iterations
+        if start is None:
+            evaluate("online", 0)
+            run.save("online", 0, parts)
+        for step in tqdm(range(start or 0, last), "online", last, initial=start or 0, disable=None):
+            state = env.last_observation
+            action = trainer.act(state[None])[0]
+            n_updates = config.utd if step >= config.initial_collection_steps else 0
+            is_generated = config.generated_updates == 0 and step >= first_training  # EDIS
+            if step in range(first_training, last, config.edis_freq):
+                run.log("train", "online", step, edis.fit(offline_buffer, online_buffer))
+                if config.generated_updates:  # in place of this step's others
+                    n_updates, is_generated = config.generated_updates, True
+            # Before env.step, which then runs while a GPU is at work on the updates.
+            for _ in range(n_updates):
+                run.add(update_on_generated() if is_generated else update())  # EDIS
+            next_state, reward, terminated, truncated, _ = env.step(action)
+            reward = reward * reward_scale + reward_shift
+            online_buffer.add_transition(state, action, reward, next_state, terminated)
+            if terminated or truncated:
+                env.reset()
+            run.after_step("online", step + 1, last, parts, evaluate)
+        scores = [r["d4rl_normalized_score"] for r in run.rows["eval"] if r["phase"] == "online"]
+        print(f"score before fine-tuning {scores[0]:.1f}, mean of the last four evaluations "
+              f"{np.mean(scores[-4:]):.1f}\ncurve: {run.dir / 'curve.png'}")  # fmt: skip
 
 
 def main(args: list[str] | None = None):
-    """Train offline, or take the cached agent; fine-tune online; summarize."""
-    cfg = Parser(Config, allow_abbrev=False).parse_args(args)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    device = cfg.device if cfg.device != "auto" else ("cpu", "cuda")[torch.cuda.is_available()]
-    if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: --device cuda, but torch sees no CUDA device; take --device cpu")
-    if cfg.compile and not shutil.which(os.environ.get("CXX", "g++")):
-        sys.exit("error: --compile needs a C++ compiler; install g++, set CXX, or leave it out")
-    if cfg.precision == "auto":
-        cfg.precision = automatic_precision(cfg, device)
+    """Train by the command line; what its user can mend ends in one line."""
+    pyrallis.decode.register(int, operator.index)  # 2.5 is no int
+    pyrallis.decode.register(bool, {True: True, False: False}.__getitem__)  # and "maybe" no bool
+    usage = "%(prog)s [--SETTING VALUE ...]; --help lists the settings"
+    parser = pyrallis.argparsing.ArgumentParser(TrainConfig, usage=usage, allow_abbrev=False)
     try:
-        dataset = d4rl.qlearning_dataset(
-            cfg.env, data=cfg.data, regenerated_size=cfg.regenerated_size
-        )
-    except d4rl.DatasetError as e:
+        config = parser.parse_args(args)
+    except Exception as e:
+        sys.exit(f"error: {' '.join(str(e).split())}")
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from the last checkpoint")
+    except Timeout as e:
+        sys.exit(f"error: another process is training in {Path(e.lock_file).parent}")
+    except (d4rl.DatasetError, FloatingPointError, OSError) as e:
         sys.exit(f"error: {e}")
-    transform = reward_transform(dataset, cfg)
-    dataset["rewards"] = dataset["rewards"] * transform[0] + transform[1]
-    dims = dataset["observations"].shape[1], dataset["actions"].shape[1]
-    offline_buffer = ReplayBuffer(*dims, len(dataset["rewards"]), device)
-    offline_buffer.add(*(dataset[k] for k in Batch._fields))
-    run = Run(cfg)
-    torch.manual_seed(cfg.seed)
-    agent, evaluator = ImplicitQLearning(*dims, cfg, device), Evaluator(cfg)
-    if cfg.compile:
-        agent.losses = torch.compile(agent.losses)
-    if not run.resumed or run.resumed["phase"] == "offline":
-        offline_agent(cfg, run, agent, offline_buffer, evaluator)
-    fine_tune(cfg, run, agent, offline_buffer, transform, evaluator)
-    run.finish()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     main()

@@ -1,23 +1,13 @@
 """EDIS: energies against known ratios of densities, generated transitions, and where they go."""
 
+import csv
 import math
-import sys
-from types import SimpleNamespace
+from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_runs import (
-    DATA,
-    assert_equal,
-    assert_same_end,
-    checkpoint,
-    directory,
-    interrupt,
-    last_line,
-)
-from test_runs import rows as csv_rows
-from test_runs import run as run_script
 
 import cal_ql
 import d4rl_gymnasium as d4rl
@@ -26,11 +16,22 @@ import edis_iql
 import iql
 from diffusion import alpha_sigma, perturb, solve
 
-SCRIPTS = pytest.mark.parametrize("script", [edis_iql, edis_cql], ids=["edis_iql", "edis_cql"])
-PAIRS = [(iql, edis_iql), (cal_ql, edis_cql)]
+SCRIPTS = [edis_iql, edis_cql]
+NAMES = [script.__name__ for script in SCRIPTS]
+EACH = pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
+ENV = "hopper-medium-v2"
+BASELINE = f"""--env {ENV} --data {DATA} --wandb disabled --device cpu --hidden_dim 16
+    --batch_size 32 --offline_iterations 20 --offline_eval_freq 20 --online_iterations 130
+    --initial_collection_steps 60 --n_episodes 2 --eval_freq 100 --log_freq 25
+    --checkpoint_freq 50""".split()
+SHORT = """--edis_start 70 --edis_freq 30 --model_width 8 --model_depth 2 --model_iterations 20
+    --model_batch_size 16 --energy_hidden 8 --energy_iterations 10 --energy_batch_size 16
+    --n_negatives 2 --n_unguided 20 --n_generated 40 --n_denoising_steps 3""".split()
+TINY = dict(model_width=8, model_depth=1, model_iterations=5, energy_hidden=8, energy_iterations=5)
+TINY |= dict(n_unguided=20, n_generated=10, n_denoising_steps=2)
 N_OFFLINE, N_ONLINE = 20_000, 4_000
-SHORT = """--offline_iterations 20 --offline_eval_freq 20 --online_iterations 130 --eval_freq 100
-    --edis_freq 50""".split()
+ENERGIES = ("state", "action", "dynamics")
 NOISE = 0.1  # of r and s' in the system below
 
 
@@ -64,23 +65,26 @@ POLICY = System(1.0, 0.4, 0.2, 0.2, 0.2)  # acts at the online states
 MODEL = System(0.1, 1.1, -0.2, 0.0, 0.4, b=0.3)  # has other states, actions and dynamics
 
 
-def act(state, deterministic):
-    """Actions [N, 1] of POLICY at states [N, 1]."""
-    assert not deterministic
-    noise = np.random.default_rng(5).standard_normal(state.shape)
-    return (0.2 * state + 0.2 + 0.2 * noise).astype(np.float32)
+class Policy:
+    """Acts as POLICY does."""
+
+    def act(self, state):
+        """Actions [N, 1] at states [N, 1]."""
+        noise = np.random.default_rng(5).standard_normal(state.shape)
+        return (0.2 * state + 0.2 + 0.2 * noise).astype(np.float32)
 
 
 def edis_of(script=edis_iql, terminal=math.inf, **settings):
-    """EDIS between an offline and an online buffer of the linear system."""
-    cfg = script.Config(env="hopper-medium-v2", edis_freq=10, **settings)
-    buffers = [script.ReplayBuffer(1, 1, n, "cpu") for n in (N_OFFLINE, N_ONLINE)]
+    """EDIS with the policy, an offline and an online buffer of the linear system."""
+    config = script.TrainConfig(env=ENV, device="cpu", **settings)
+    buffers = [script.ReplayBuffer(1, 1, n) for n in (N_OFFLINE, N_ONLINE)]
     for buffer, system in zip(buffers, (OFFLINE, ONLINE), strict=True):
-        columns = system.draw(len(buffer.rows), terminal)
-        buffer.load_state_dict({"rows": columns})
-    added = []
-    run = SimpleNamespace(stop=False, add=added.append, added=added, stop_on_nan=sys.exit)
-    return script.EDIS(cfg, run, SimpleNamespace(device="cpu", act=act), *buffers)
+        buffer.load_state_dict({"rows": system.draw(len(buffer._data), terminal)})
+    return script.EDIS(config, Policy(), 1, 1), buffers
+
+
+def rows_of(buffers):
+    return torch.cat([buffer.state_dict()["rows"] for buffer in buffers])
 
 
 # --- Energies ---
@@ -119,16 +123,23 @@ def test_times_and_noise_of_the_diffusion():
 def test_energies_are_the_log_ratios_of_the_noised_densities(monkeypatch):
     """Up to a constant at each t. The model's rows are Gaussian too."""
     torch.manual_seed(0)
-    edis = edis_of(energy_hidden=32, energy_batch_size=128)
-    data = torch.cat([buffer.rows[:, :4] for buffer in edis.buffers])
-    edis.model.set_statistics(data)
-    unguided = edis.model.standardize(MODEL.draw(20_000, math.inf)[:, :4])
-    monkeypatch.setattr(edis, "generate", lambda n, energies: unguided)
-    pairs = edis.contrasts(data, edis.model.standardize(data))
-    edis.fit(edis.energies, edis.energy_losses, pairs, 1_500, 3e-3, decay=True)
+    edis, buffers = edis_of(energy_hidden=32, energy_batch_size=128)
+    data, online = rows_of(buffers)[:, :4], buffers[1].state_dict()["rows"][:, :4]
+    edis.model = model = edis_iql.TransitionModel(data, 8, 2)
+    unguided = model.standardize(MODEL.draw(20_000, math.inf)[:, :4])
+    monkeypatch.setattr(edis, "sample", lambda n, energies: unguided)
+    minimise = edis.minimise
+
+    def finely(title, losses, network, iterations, lr):
+        minimise(title, losses, network, 1_000, 3e-3)
+        return minimise(title, losses, network, 500, 5e-4)
+
+    monkeypatch.setattr(edis, "minimise", finely)
+    losses = edis.fit_energies(data, online)
+    assert list(losses) == [f"{name}_loss" for name in ENERGIES]
 
     def log_density(system, x_t, t, n_columns=4):
-        return system.log_density(edis.model, x_t, t, n_columns)
+        return system.log_density(model, x_t, t, n_columns)
 
     def of_data(x_t, t):
         shares = torch.tensor([N_OFFLINE, N_ONLINE]).log() - math.log(N_OFFLINE + N_ONLINE)
@@ -140,10 +151,13 @@ def test_energies_are_the_log_ratios_of_the_noised_densities(monkeypatch):
         "action": lambda x, t: log_density(POLICY, x, t, 2) - log_density(ONLINE, x, t, 2),
         "dynamics": lambda x, t: of_data(x, t) - log_density(MODEL, x, t),
     }
+    by_policy = online.clone()
+    by_policy[:, 1:2] = torch.from_numpy(Policy().act(online[:, :1].numpy()))
+    positives = {"state": online, "action": by_policy, "dynamics": data}
     for name, energy in edis.energies.items():
         for time in (1e-3, 0.03, 0.1, 0.3):
-            t, positives = torch.tensor(time), edis_iql.draw(pairs[name][0], 4_000)
-            x_t = perturb(positives, t, torch.randn_like(positives))
+            t, x = torch.tensor(time), edis_iql.draw(model.standardize(positives[name]), 4_000)
+            x_t = perturb(x, t, torch.randn_like(x))
             wanted = exact[name](x_t, t)
             with torch.no_grad():
                 error, spread = (energy(x_t, t) - wanted).std().item(), wanted.std().item()
@@ -174,28 +188,73 @@ def test_an_energy_of_the_whole_row_guides_exactly_and_one_of_the_noised_state_d
     assert 0.5 < of_state < 0.7
 
 
+# --- The model's average ---
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.8, 0.995])
+def test_rows_are_drawn_from_the_average_of_the_weights(ema):
+    """Every ten updates, with the share of EDIS's code: a copy up to update 100, then slower."""
+    edis, _ = edis_of(model_ema=ema)
+    network, weights = torch.nn.Linear(1, 1), []
+    average = deepcopy(network).requires_grad_(False)
+
+    def losses():
+        weights.append(network.weight.item())
+        return {"loss": -network.weight.sum()}
+
+    edis.minimise("test", losses, network, 400, 0.1, average)
+    weights = [*weights[1:], network.weight.item()]  # after each update
+    expected = math.nan
+    for i in range(0, 400, 10):
+        age = max(0, i - 100)  # ema_pytorch: decay 1 - (1 + age)^(-2/3), at most ema
+        decay = min(ema, 1 - 1 / (1 + age) ** (2 / 3))
+        expected = decay * expected + (1 - decay) * weights[i] if decay else weights[i]
+    assert average.weight.item() == pytest.approx(expected, abs=1e-4)
+    assert (average.weight.item() == pytest.approx(weights[390], abs=1e-6)) == (ema == 0)
+
+
+def test_a_training_starts_from_new_weights_and_samples_from_their_average(monkeypatch):
+    edis, buffers = edis_of(model_width=8, model_depth=1, model_iterations=101)
+    rows, models = rows_of(buffers), []
+
+    def watched(title, losses, network, *sizes, average):
+        models.append((network, network.input.weight.clone()))
+        return minimise(title, losses, network, *sizes, average=average)
+
+    minimise = edis.minimise
+    monkeypatch.setattr(edis, "minimise", watched)
+    for _ in range(2):
+        edis.fit_model(rows[:, :4], rows[:, 4:])
+        network = models[-1][0]
+        # At update 100 the average is a copy, the last update: all its weights are new.
+        for found, wanted in zip(edis.model.parameters(), network.parameters(), strict=True):
+            assert torch.equal(found, wanted) and not found.requires_grad
+    (first, start), (second, restart) = models
+    assert first is not second and not torch.equal(start, restart)
+
+
 # --- Generated transitions ---
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """EDIS of a system with terminals s' > 1, after a training."""
+    """EDIS of a system with terminals s' > 1, after a training, and its data."""
     torch.manual_seed(0)
     sizes = {"model_width": 64, "model_depth": 3, "model_iterations": 2_500, "model_lr": 3e-3}
     sizes |= {"energy_hidden": 32, "energy_iterations": 600, "energy_lr": 2e-3}
     sizes |= {"n_denoising_steps": 32, "n_unguided": 4_000, "n_generated": 4_000}
-    edis = edis_of(terminal=1.0, **sizes, energy_batch_size=128)
-    assert edis(0) is edis(9) is edis.buffers[0] and not edis.run.added
-    assert edis(10) is edis.generated
-    return edis
+    edis, buffers = edis_of(terminal=1.0, **sizes, energy_batch_size=128, model_ema=0.9)
+    assert not edis.generated.size
+    losses = edis.fit(*buffers)
+    assert list(losses) == [f"{name}_loss" for name in ("model", "terminal", *ENERGIES)]
+    return edis, rows_of(buffers)
 
 
 def generated(edis, *names):
     """Transitions, 4,000 of them, under the energies of these names."""
     torch.manual_seed(1)
-    x = edis.generate(4_000, [(edis.energies[name], 1.0) for name in names])
-    with torch.no_grad():
-        return edis.generated.batch(edis.model.restore(x))
+    x = edis.sample(4_000, [(edis.energies[name], 1.0) for name in names])
+    return edis_iql.TensorBatch(*edis.model.restore(x)[:, range(5)].split(1, 1))
 
 
 def residuals(batch, order=slice(None)):
@@ -210,70 +269,89 @@ def moments(batch):
 
 
 def test_generated_transitions_obey_the_dynamics(trained):
-    for names in ([], ["state"], edis_iql.ENERGIES):
-        batch = generated(trained, *names)
+    for names in ([], ["state"], ENERGIES):
+        batch = generated(trained[0], *names)
         assert all(NOISE / 1.5 < x < 1.5 * NOISE for x in residuals(batch)), names
         assert all(x > 3 * NOISE for x in residuals(batch, torch.randperm(4_000)))
 
 
 def test_unguided_transitions_are_distributed_as_the_data(trained):
-    data = torch.cat([buffer.rows for buffer in trained.buffers])
-    columns = torch.cat([x.view(4_000, -1) for x in generated(trained)], 1)
+    edis, data = trained
+    columns = torch.cat(generated(edis), 1)
     assert ((columns.mean(0) - data.mean(0)).abs() < 0.15 * data.std(0)).all()
     assert (columns[:, :4].std(0) / data.std(0)[:4] - 1).abs().max() < 0.1
 
 
 def test_guidance_moves_states_and_actions_to_the_online_ones(trained):
-    unguided, guided = generated(trained), generated(trained, *edis_iql.ENERGIES)
+    edis, _ = trained
+    unguided, guided = generated(edis), generated(edis, *ENERGIES)
     target = torch.tensor([1.0, 0.4])
     before, after = (moments(x) - target for x in (unguided, guided))
     assert (after.abs() < before.abs() / 3).all(), (before, after)
     # The action's energy moves actions alone, from those of the data to the policy's 0.4.
-    online = generated(trained, "state").actions.mean()
+    online = generated(edis, "state").actions.mean()
     assert abs(online - 0.1) < 0.08
     assert abs(guided.actions.mean() - 0.4) < abs(online - 0.4) / 2.5
 
 
 def test_generated_rows_end_where_the_data_do(trained):
-    batch = trained.generated.batch(trained.generated.rows)
-    terminal = batch.next_observations > 1
+    batch = trained[0].generated.rows(slice(None))
+    terminal = batch.next_observations[:, 0] > 1
     assert 0.1 < terminal.float().mean() < 0.5
     assert batch.terminals[terminal].mean() > 0.9 and batch.terminals[~terminal].mean() < 0.05
     assert (batch.terminals >= 0).all() and (batch.terminals <= 1).all()
 
 
 def test_generated_rows_are_within_the_ranges_of_the_data(trained):
-    data = torch.cat([buffer.rows for buffer in trained.buffers])
-    found = trained.generated.rows
+    edis, data = trained
+    found = edis.generated.state_dict()["rows"]
+    assert found.shape == (4_000, 5)
     assert (data.amin(0) <= found.amin(0)).all() and (found.amax(0) <= data.amax(0)).all()
+
+
+def test_a_second_training_replaces_the_rows(trained):
+    """The generated buffer stays the same tensor, which a CUDA graph may draw from."""
+    edis, buffers = edis_of(**TINY)
+    edis.fit(*buffers)
+    first, address = edis.generated.state_dict()["rows"], edis.generated._data.data_ptr()
+    edis.fit(*buffers)
+    second = edis.generated.state_dict()["rows"]
+    assert first.shape == second.shape == (10, 5) and not (first == second)[:, :4].all(1).any()
+    assert edis.generated._data.data_ptr() == address
 
 
 def test_a_constant_column_is_generated_as_it_is():
     rows = torch.cat([torch.randn(500, 3), torch.full((500, 1), 0.3), torch.zeros(500, 1)], 1)
     torch.manual_seed(0)
-    model = edis_iql.TransitionModel(5, 8, 2).requires_grad_(False)
-    model.set_statistics(rows)
+    model = edis_iql.TransitionModel(rows, 8, 2).requires_grad_(False)
     found = model.restore(edis_iql.sample_transitions(model, [], 50, 4))
     assert (found[:, 3:5] == rows[0, 3:]).all() and found.isfinite().all()
     torch.testing.assert_close(model.restore(model.standardize(rows))[:, :5], rows)
 
 
+def test_the_scales_are_those_of_the_settings(monkeypatch):
+    scales = {"state_guidance": 0.5, "action_guidance": 0.0, "dynamics_guidance": 2.0}
+    edis, buffers = edis_of(**scales, **TINY)
+    calls, sample = [], edis.sample
+    monkeypatch.setattr(edis, "sample", lambda n, energies: calls.append(energies) or sample(n, []))
+    edis.fit(*buffers)
+    assert calls[0] == []  # the negatives of the dynamics' energy
+    assert [scale for _, scale in calls[1]] == [0.5, 0.0, 2.0]
+    assert [energy for energy, _ in calls[1]] == [edis.energies[name] for name in ENERGIES]
+
+
 def test_a_scale_of_0_leaves_an_energy_out(trained):
-    plain = edis_of(state_guidance=0.0, action_guidance=0.0, dynamics_guidance=0.0)
-    assert not plain.scales and not plain.energies
-    model, energies = trained.model, [(x, 0.0) for x in trained.energies.values()]
+    model, energies = trained[0].model, [(x, 0.0) for x in trained[0].energies.values()]
     samples = []
     for guidance in ([], energies):
         torch.manual_seed(2)
         samples.append(edis_iql.sample_transitions(model, guidance, 100, 8))
     torch.testing.assert_close(samples[0], samples[1], rtol=0, atol=0)
-    one = edis_of(state_guidance=0.5, action_guidance=0.0, dynamics_guidance=0.0)
-    assert one.scales == {"state": 0.5} and list(one.energies) == ["state"]
 
 
 def test_a_scale_multiplies_the_gradient(trained):
     """A scale of 1/2 is halfway between no guidance and full guidance in the noise predicted."""
-    predictions, noise = [], torch.randn(50, 4)
+    (edis, _), predictions, noise = trained, [], torch.randn(50, 4)
 
     def first_prediction(noise_prediction, initial_noise, steps, bound):
         return noise_prediction(noise, torch.tensor(0.3))
@@ -281,11 +359,11 @@ def test_a_scale_multiplies_the_gradient(trained):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(edis_iql, "solve", first_prediction)
         for scale in (0.0, 0.5, 1.0):
-            guidance = [(trained.energies["state"], scale)]
-            predictions.append(edis_iql.sample_transitions(trained.model, guidance, 50, 8))
+            guidance = [(edis.energies["state"], scale)]
+            predictions.append(edis_iql.sample_transitions(edis.model, guidance, 50, 8))
     torch.testing.assert_close(predictions[0] + predictions[2], 2 * predictions[1])
     x_t = noise.clone().requires_grad_()
-    energy = trained.energies["state"](x_t, torch.tensor(0.3)).sum()
+    energy = edis.energies["state"](x_t, torch.tensor(0.3)).sum()
     sigma = alpha_sigma(torch.tensor(0.3))[1]
     change = -sigma * torch.autograd.grad(energy, x_t)[0]
     torch.testing.assert_close(predictions[2] - predictions[0], change)
@@ -294,94 +372,197 @@ def test_a_scale_multiplies_the_gradient(trained):
 # --- Runs ---
 
 
-def run_short(runs_dir, script, *more):
-    return run_script(runs_dir, script, *SHORT, *more)
+def run(runs_dir, script, *more):
+    """Directory of a tiny run; `more` overrides."""
+    of_edis = SHORT if script in SCRIPTS else []
+    of_cql = ["--cql_n_actions", "2"] if script in (cal_ql, edis_cql) else []
+    script.main([*BASELINE, *of_edis, *of_cql, "--runs_dir", str(runs_dir), *more])
+    return Path(runs_dir, script.__name__, ENV, "seed_0")
 
 
-@pytest.mark.parametrize("baseline, script", PAIRS, ids=["edis_iql", "edis_cql"])
-def test_without_a_training_the_run_is_its_baseline(tmp_path, capsys, baseline, script):
-    expected = run_script(tmp_path, baseline, *SHORT[:-2])
-    found = run_short(tmp_path, script, "--edis_freq", "0")
-    assert f"cache hit: {baseline.__name__} from" in capsys.readouterr().out
-    assert_same_end(found, expected)
-    # So is a run whose training is yet to come; its checkpoint has the untrained networks too.
-    run_short(tmp_path, script, "--edis_freq", "1000", "--name", "late")
-    late = checkpoint(next((tmp_path / "late").glob("*/seed_0")))
-    for key in ("agent", "rng", "online_buffer"):
-        assert_equal(late[key], checkpoint(expected)[key])
+def checkpoint(path):
+    return torch.load(path / "checkpoint.pt", weights_only=True)
 
 
-@SCRIPTS
-def test_the_offline_half_of_a_batch(tmp_path, monkeypatch, script):
-    """The data first, what the model generated from online step 90 on; the online half is real."""
-    agent = script.ImplicitQLearning if script is edis_iql else script.CalQL
-    update, batches = agent.update, []
+def assert_equal(found, expected, where="checkpoint"):
+    """Equal to the last bit, wherever in dictionaries and lists the tensors are."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_equal(found[key], expected[key], f"{where}[{key!r}]")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for i, pair in enumerate(zip(found, expected, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize("baseline, script", [(iql, edis_iql), (cal_ql, edis_cql)], ids=NAMES)
+def test_without_a_training_the_run_is_its_baseline(tmp_path, baseline, script):
+    expected = checkpoint(run(tmp_path, baseline))
+    more = ["--edis_start", "1000", *(["--generated_updates", "0"] * (script is edis_iql))]
+    found = checkpoint(run(tmp_path, script, *more))
+    for key in ("trainer", "rng", "online_buffer"):
+        assert_equal(found[key], expected[key])
+
+
+def agent_of(script):
+    return script.ImplicitQLearning if script is edis_iql else script.CalQL
+
+
+def online_batches(monkeypatch, runs_dir, script, *more):
+    """States [32, 11] and last columns [32] of every online batch, and the run's rows by source."""
+    train, batches, made = agent_of(script).train, [], []
 
     def watched(self, batch):
         if self.online:
-            batches.append([x.clone().view(len(x), -1) for x in batch])
-        return update(self, batch)
+            batches.append((batch.observations.clone(), batch[-1].clone()))
+        return train(self, batch)
 
-    monkeypatch.setattr(agent, "update", watched)
-    state = checkpoint(run_short(tmp_path, script, "--edis_freq", "90"))
-    made, online = state["edis"]["generated"]["rows"], state["online_buffer"]["rows"]
-    dataset = d4rl.qlearning_dataset("hopper-medium-v2", data=DATA)
-    sources = {"data": torch.from_numpy(dataset["observations"]), "made": made, "online": online}
-    sources = {name: {row.numpy().tobytes() for row in x[:, :11]} for name, x in sources.items()}
-    assert len(batches) == 70 and len(made) == 40
-    for number, batch in enumerate(batches):
-        states = [row.numpy().tobytes() for row in batch[0]]
-        assert set(states[:16]) <= sources["data" if number < 30 else "made"]
-        assert set(states[16:]) <= sources["online"]
-    half = torch.cat(batches[-1], 1)[:16]
-    assert all((made == row).all(1).any() for row in half)
-    assert ((half[:, 26] >= 0) & (half[:, 26] <= 1)).all()  # terminals
-    if script is edis_cql:
-        assert (half[:, -1] == script.UNFINISHED).all()
-        assert (torch.cat(batches[29], 1)[:16, -1] != script.UNFINISHED).all()
+    fit = script.EDIS.fit
+
+    def watched_fit(self, *buffers):
+        losses = fit(self, *buffers)
+        made.append(self.generated.state_dict()["rows"][:, :11])
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(agent_of(script), "train", watched)
+        patch.setattr(script.EDIS, "fit", watched_fit)
+        path = run(runs_dir, script, *more)
+    data = d4rl.qlearning_dataset(ENV, data=str(DATA))["observations"]
+    online = checkpoint(path)["online_buffer"]["rows"][:, :11]
+    sources = {"data": torch.from_numpy(data), "online": online}
+    sources |= {f"made {i}": rows for i, rows in enumerate(made)}
+    return batches, {name: [x.numpy().tobytes() for x in rows] for name, rows in sources.items()}
 
 
-@pytest.fixture(scope="module", params=[edis_iql, edis_cql], ids=["edis_iql", "edis_cql"])
+def counts(states, sources, *names):
+    """How many of the states are from each of the sources; together they are all."""
+    states = [x.numpy().tobytes() for x in states]
+    found = [sum(x in set(sources[name]) for x in states) for name in names]
+    assert sum(found) == len(states)
+    return found
+
+
+def test_by_default_20_updates_at_each_training_draw_generated_rows(monkeypatch, tmp_path):
+    """As in EDIS's code: in place of the step's update. All other rows are drawn uniformly."""
+    config = edis_iql.TrainConfig(env=ENV, device="cpu")
+    assert (config.edis_start, config.edis_freq, config.generated_updates) == (10_000, 10_000, 20)
+    batches, sources = online_batches(monkeypatch, tmp_path, edis_iql)
+    # Steps 60 to 129 have updates; at 70 and 100 a model is trained.
+    assert len(batches) == 70 - 2 + 2 * 20
+    at_training = {10: "made 0", 10 + 20 + 29: "made 1"}
+    of_step, number, online, expected, variance = 60, 0, 0, 0.0, 0.0
+    n_data = len(sources["data"])
+    while number < len(batches):
+        n_updates = 20 if number in at_training else 1
+        for states, _ in batches[number : number + n_updates]:
+            if number in at_training:
+                assert counts(states[:16], sources, at_training[number]) == [16]
+                assert counts(states[16:], sources, "online") == [16]
+            else:
+                so_far = {**sources, "online": sources["online"][:of_step]}
+                online += counts(states, so_far, "data", "online")[1]
+                share = of_step / (n_data + of_step)
+                expected, variance = expected + 32 * share, variance + 32 * share * (1 - share)
+        number, of_step = number + n_updates, of_step + 1
+    assert of_step == 130
+    # Of 2,176 rows about 400 are online; half and half would be 1,088.
+    assert abs(online - expected) < 5 * math.sqrt(variance) < 100
+
+
+def test_every_real_row_is_drawn(monkeypatch, tmp_path):
+    """Of data and online rows, in both halves of the batch, the first and the last row too."""
+    more = "--batch_size 512 --initial_collection_steps 100 --edis_start 1000".split()
+    batches, sources = online_batches(monkeypatch, tmp_path, edis_iql, *more)
+    assert len(batches) == 30
+    for half in (slice(256), slice(256, 512)):
+        drawn = {x.numpy().tobytes() for states, _ in batches for x in states[half]}
+        assert drawn >= set(sources["data"]) | set(sources["online"][:100])
+
+
+@EACH
+def test_generated_rows_in_all_updates_from_a_step_on(monkeypatch, tmp_path, script):
+    """The offline half is of the data until the first training, then of the last model's rows."""
+    more = ["--generated_updates", "0"] * (script is edis_iql)  # EDIS-C's way
+    batches, sources = online_batches(monkeypatch, tmp_path, script, *more)
+    assert len(batches) == 70
+    for number, (states, last_column) in enumerate(batches):
+        source = "data" if number < 10 else "made 0" if number < 40 else "made 1"
+        assert counts(states[:16], sources, source) == [16]
+        assert counts(states[16:], sources, "online") == [16]
+        if script is edis_iql:  # terminals
+            assert (last_column >= 0).all() and (last_column <= 1).all()
+        else:  # Monte-Carlo returns, which generated rows have none of
+            assert ((last_column[:16] == edis_cql.UNFINISHED) == (number >= 10)).all()
+
+
+@EACH
+def test_the_first_training_is_at_the_first_update_at_the_earliest(monkeypatch, tmp_path, script):
+    assert edis_cql.TrainConfig(env=ENV, device="cpu").edis_start == 0  # EDIS-C's default
+    more = ["--generated_updates", "0"] * (script is edis_iql)
+    batches, sources = online_batches(monkeypatch, tmp_path, script, "--edis_start", "0", *more)
+    assert len(batches) == 70 and {"made 0", "made 1", "made 2"} < set(sources)
+    for number, (states, _) in enumerate(batches):
+        assert counts(states[:16], sources, f"made {number // 30}") == [16]
+
+
+@pytest.fixture(scope="module", params=SCRIPTS, ids=NAMES)
 def finished(request, tmp_path_factory):
-    """Script and directory of a run with trainings at steps 50 and 100."""
-    return request.param, run_short(tmp_path_factory.mktemp("finished"), request.param)
+    """Script and directory of a run with trainings at steps 70 and 100."""
+    return request.param, run(tmp_path_factory.mktemp("finished"), request.param)
 
 
-def test_losses_are_logged_where_there_is_a_training(finished):
-    script, path = finished
-    columns = [f"{name}_loss" for name in ("model", "terminal", *edis_iql.ENERGIES)]
-    found = {int(r["step"]): [r[k] for k in columns] for r in csv_rows(path, "train", "online")}
-    for step in (25, 50, 75, 100, 125, 130):
-        trained = step in (75, 125)
-        assert all(0 < float(x) < 5 for x in found[step]) if trained else not any(found[step])
+def test_the_losses_of_a_training_have_a_row_of_their_own(finished):
+    _, path = finished
+    columns = [f"{name}_loss" for name in ("model", "terminal", *ENERGIES)]
+    with open(path / "train.csv", newline="") as file:
+        online = [row for row in csv.DictReader(file) if row["phase"] == "online"]
+    trainings = [row for row in online if row["model_loss"]]
+    assert [int(row["step"]) for row in trainings] == [70, 100]
+    assert all(0 < float(row[name]) < 5 for row in trainings for name in columns)
+    assert not any(row["q_loss"] for row in trainings)
+    others = [row for row in online if row not in trainings]
+    assert [int(row["step"]) for row in others] == [25, 50, 75, 100, 125, 130]
+    assert not any(row[name] for row in others for name in columns)
 
 
-@pytest.mark.parametrize("owner, name, at", [("agent", "update", 70), ("EDIS", "heed_stop", 45)])
+@pytest.mark.parametrize("owner, name, at", [("agent", "train", 90), ("EDIS", "sample", 3)])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
     finished, tmp_path, monkeypatch, owner, name, at
 ):
     """At an update, and in the second training, which is done again."""
     script, expected = finished
-    agent = "ImplicitQLearning" if script is edis_iql else "CalQL"
-    with monkeypatch.context() as patch:
-        interrupt(patch, getattr(script, agent if owner == "agent" else owner), name, at)
-        message = last_line(tmp_path, script, *SHORT)
-    step = checkpoint(directory(tmp_path, script))["step"]
-    if owner == "agent":
-        assert "interrupted at online step 110" in message and step == 110
-    else:
-        assert "interrupted in EDIS's training" in message and step == 100
-    assert_same_end(run_short(tmp_path, script), expected)
+    patched, calls = agent_of(script) if owner == "agent" else script.EDIS, []
+    function = getattr(patched, name)
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted; "):
+        patch.setattr(patched, name, interrupted)
+        run(tmp_path, script)
+    state = checkpoint(Path(tmp_path, script.__name__, ENV, "seed_0"))
+    assert state["phase"] == "online" and state["step"] in (50, 100)
+    found, expected = checkpoint(run(tmp_path, script)), checkpoint(expected)
+    for key in ("trainer", "rng", "online_buffer", "generated", "step"):
+        assert_equal(found[key], expected[key])
 
 
-@SCRIPTS
+@EACH
 @pytest.mark.parametrize(
-    "settings, named", [("--model_lr 1e30", "model_loss"), ("--energy_lr 1e30", "state_loss")]
+    "settings, named", [("--model_lr 1e9", "model_loss"), ("--energy_lr 1e9", "state_loss")]
 )
 def test_a_training_that_breaks_ends_the_run(tmp_path, script, settings, named):
-    message = last_line(tmp_path, script, *SHORT, *settings.split())
-    path = directory(tmp_path, script)
-    assert message.startswith(f"error: {named} is not finite at online step 50; ")
-    assert str(path / "checkpoint.pt") in message
-    state = checkpoint(path)
-    assert state["step"] == 50 and len(state["edis"]["generated"]["rows"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, script, *settings.split())
+    assert stop.value.code == f"error: {named} is not finite in a training of EDIS's model"
+    state = checkpoint(Path(tmp_path, script.__name__, ENV, "seed_0"))
+    assert state["step"] == 50 and len(state["generated"]["rows"]) == 0
