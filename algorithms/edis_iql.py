@@ -656,7 +656,7 @@ class Run:
         self.checkpoint = {"phase": "offline", "rows": {}, "sums": {}, "n_sums": 0, "wandb": None}
         if (self.dir / "checkpoint.pt").exists():
             self.checkpoint = load(self.dir / "checkpoint.pt")
-            old, new = self.checkpoint["settings"], self.settings
+            old, new = self.checkpoint.get("settings", {}), self.settings
             if other := [k for k in new | old if k not in FREE and new.get(k) != old.get(k)]:
                 sys.exit(f"error: {self.dir} is of another {', '.join(other)}: take another --name")
             step = self.checkpoint["step"] if self.checkpoint["phase"] == "online" else -1
