@@ -113,7 +113,7 @@ class D4RLEnv(MujocoEnv):
             raise ValueError(f"the action has shape {control.shape}, not ({self.model.nu},)")
         effort = float(control @ control)
         if math.isnan(effort):
-            raise ValueError(f"the action has a NaN: {action}")
+            raise FloatingPointError(f"the action has a NaN: {action}")
         self.data.ctrl[:] = control
         mujoco.mj_step(self.model, self.data, nstep=self.frame_skip)
         return effort

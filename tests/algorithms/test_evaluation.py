@@ -36,35 +36,24 @@ def episode(env_id, policy, seed):
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_scores_are_those_of_single_episodes(n_threads):
     """The hopper falls at different steps in different episodes."""
-    cfg = iql.Config(env="hopper-medium-v2", n_episodes=5, eval_seed=11)
-    evaluator, policy = iql.Evaluator(cfg), Wave(3)
-    evaluator.n_threads = n_threads
-    results = [evaluator(policy) for _ in range(2)]
-    returns = [episode(cfg.env, Wave(3), 11 + i) for i in range(5)]
+    envs, policy = d4rl.make_eval_envs("hopper-medium-v2", 5, n_threads=n_threads), Wave(3)
+    results = [iql.eval_actor(envs, policy, 5, 11) for _ in range(2)]
+    returns = [episode("hopper-medium-v2", Wave(3), 11 + i) for i in range(5)]
     assert len(set(returns)) == 5
-    assert results[0] == results[1]
-    assert results[0]["return_mean"] == np.mean(returns)
-    assert results[0]["return_std"] == np.std(returns)
-    score = 100 * d4rl.get_normalized_score(cfg.env, np.mean(returns))
-    assert results[0]["normalized_score"] == score and results[0]["success_rate"] == ""
+    np.testing.assert_array_equal(results[0], returns)
+    np.testing.assert_array_equal(results[1], returns)
     assert set(policy.batches) == {5}
 
 
-def test_success_rate_counts_the_episodes_that_reach_the_goal(monkeypatch):
-    """In a maze whose goal is at the start of episodes 0 and 2."""
-    cfg = iql.Config(env="antmaze-umaze-v2", n_episodes=3)
-    evaluator = iql.Evaluator(cfg)
-    for i in (0, 2):
-        env = evaluator.envs[i]
-        step = env.step
+def test_returns_of_a_maze_are_the_successes(monkeypatch):
+    """In a maze whose goal is at the start of episodes 0 and 2; the others end by time."""
+    envs = d4rl.make_eval_envs("antmaze-umaze-v2", 3)
+    for i, env in enumerate(envs.envs):
+        end = (0.0, False, True, {}) if i == 1 else (1.0, True, False, {})
         monkeypatch.setattr(
-            env, "step", lambda action, step=step: (*step(action)[:1], 1.0, True, False, {})
+            env, "step", lambda action, step=env.step, end=end: (*step(action)[:1], *end)
         )
-    for env in evaluator.envs[1:2]:
-        step = env.step
-        monkeypatch.setattr(
-            env, "step", lambda action, step=step: (*step(action)[:1], 0.0, False, True, {})
-        )
-    result = evaluator(Wave(8))
-    assert result["success_rate"] == pytest.approx(2 / 3)
-    assert result["normalized_score"] == pytest.approx(200 / 3)
+    returns = iql.eval_actor(envs, Wave(8), 3, 0)
+    assert returns.tolist() == [1.0, 0.0, 1.0]
+    score = 100 * d4rl.get_normalized_score("antmaze-umaze-v2", returns.mean())
+    assert score == pytest.approx(200 / 3)  # the success rate in percent

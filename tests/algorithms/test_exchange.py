@@ -1,7 +1,6 @@
 """Alignment scores (Eq. 7), separation point (Eqs. 8, 9), exchange (Eq. 10), theory (App. A)."""
 
 import math
-from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -14,7 +13,7 @@ from scipy.optimize import brentq
 from scipy.stats import entropy
 
 import dare_iql
-from dare_iql import Batch, alignment_score, direct_exchange, exchange, separation_point
+from dare_iql import TensorBatch, alignment_score, direct_exchange, exchange, separation_point
 
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
 CAPS = st.sampled_from([0, 1, 32, math.inf])
@@ -24,7 +23,7 @@ def batch_of(ids):
     """Rows whose every field tells which row it is."""
     ids = torch.as_tensor(ids, dtype=torch.float32)
     fields = [torch.stack([ids, -ids, ids + 0.5], 1), torch.stack([ids / 8, -ids / 4], 1), 10 * ids]
-    return Batch(*fields, torch.stack([3 * ids, ids, ids], 1), ids + 100)
+    return TensorBatch(*fields, torch.stack([3 * ids, ids, ids], 1), ids + 100)
 
 
 def ids_of(batch):
@@ -81,8 +80,8 @@ def test_separation_point_is_the_root_between_the_means_or_their_midpoint():
         x, y = random_halves(rng)
         expected, clear = separation_by_search(x, y)
         assert clear
-        tau = separation_point(torch.from_numpy(x), torch.from_numpy(y)).item()
-        assert tau == pytest.approx(expected, rel=1e-7, abs=1e-7 * abs(x.mean() - y.mean()))
+        separation = separation_point(torch.from_numpy(x), torch.from_numpy(y)).item()
+        assert separation == pytest.approx(expected, rel=1e-7, abs=1e-7 * abs(x.mean() - y.mean()))
         is_midpoint = math.isclose(expected, 0.5 * (x.mean() + y.mean()), rel_tol=1e-12)
         n_midpoints, n_roots = n_midpoints + is_midpoint, n_roots + (not is_midpoint)
         n_reversed += x.mean() > y.mean()
@@ -94,9 +93,9 @@ def test_separation_point_of_float32_scores():
     for _ in range(300):
         x, y = (z.astype(np.float32) for z in random_halves(rng))
         expected, _ = separation_by_search(x.astype(np.float64), y.astype(np.float64))
-        tau = separation_point(torch.from_numpy(x), torch.from_numpy(y))
-        assert tau.dtype == torch.float32 and tau.shape == ()
-        assert tau.item() == pytest.approx(expected, rel=1e-6)
+        separation = separation_point(torch.from_numpy(x), torch.from_numpy(y))
+        assert separation.dtype == torch.float32 and separation.shape == ()
+        assert separation.item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("gap", [-5.0, 5.0])
@@ -136,21 +135,21 @@ FLOAT32S = hnp.arrays(np.float32, st.integers(1, 6), elements=FINITE)
 @EXAMPLES
 @given(FLOAT32S, FLOAT32S)
 def test_separation_point_is_finite_and_between_the_means(x, y):
-    tau = separation_point(torch.from_numpy(x), torch.from_numpy(y)).item()
+    separation = separation_point(torch.from_numpy(x), torch.from_numpy(y)).item()
     low, high = sorted([x.astype(np.float64).mean(), y.astype(np.float64).mean()])
     slack = 1e-6 * max(abs(low), abs(high)) + 1e-44
-    assert math.isfinite(tau) and low - slack <= tau <= high + slack
+    assert math.isfinite(separation) and low - slack <= separation <= high + slack
 
 
 # --- Eq. 10 ---
 
 
-def exchange_by_hand(offline_scores, online_scores, tau, cap):
+def exchange_by_hand(offline_scores, online_scores, separation, cap):
     """Row numbers of both halves after the exchange, and M: Sec. 5.3 in plain Python."""
     n = len(offline_scores)
     offline, online = list(range(n)), list(range(n, n + len(online_scores)))
-    high = [i for i in range(n) if offline_scores[i] >= tau]
-    low = [j for j in range(len(online)) if online_scores[j] < tau]
+    high = [i for i in range(n) if offline_scores[i] >= separation]
+    low = [j for j in range(len(online)) if online_scores[j] < separation]
     high.sort(key=lambda i: -offline_scores[i])  # a stable sort: the first of equals goes first
     low.sort(key=lambda j: online_scores[j])
     m = min(len(high), len(low), cap)
@@ -171,9 +170,9 @@ SPREAD = score_lists(st.floats(-1e3, 1e3, width=32))
 @given(TIES | SPREAD, CAPS)
 def test_exchange_equals_the_slow_one(scores, cap):
     args = halves(*scores)
-    offline, online, m, tau = exchange(*args, cap)
-    assert tau.item() == separation_point(*args[2:]).item()
-    expected = exchange_by_hand(*(x.tolist() for x in args[2:]), tau.item(), cap)
+    offline, online, m, separation = exchange(*args, cap)
+    assert separation.item() == separation_point(*args[2:]).item()
+    expected = exchange_by_hand(*(x.tolist() for x in args[2:]), separation.item(), cap)
     assert (ids_of(offline), ids_of(online), m.item()) == expected
 
 
@@ -181,7 +180,7 @@ def test_exchange_equals_the_slow_one(scores, cap):
 @given(TIES | SPREAD, CAPS)
 def test_exchange_moves_only_rows_of_the_wrong_side(scores, cap):
     args = halves(*scores)
-    offline, online, m, tau = exchange(*args, cap)
+    offline, online, m, separation = exchange(*args, cap)
     n, all_scores = len(scores[0]), torch.cat(args[2:])
     new_offline, new_online = ids_of(offline), ids_of(online)
     assert (len(new_offline), len(new_online)) == tuple(map(len, scores))  # halves keep their sizes
@@ -189,7 +188,7 @@ def test_exchange_moves_only_rows_of_the_wrong_side(scores, cap):
     left = [i for i in new_online if i < n]
     came = [j for j in new_offline if j >= n]
     assert len(left) == len(came) == m <= cap
-    assert all(all_scores[left] >= tau) and all(all_scores[came] < tau)
+    assert all(all_scores[left] >= separation) and all(all_scores[came] < separation)
     # Nothing that stayed behind stands further on the wrong side than what left.
     stayed_offline = [i for i in new_offline if i < n]
     stayed_online = [j for j in new_online if j >= n]
@@ -206,9 +205,9 @@ def test_exchange_moves_only_rows_of_the_wrong_side(scores, cap):
 @given(TIES | SPREAD)
 def test_without_a_cap_one_half_has_no_row_left_on_the_wrong_side(scores):
     args = halves(*scores)
-    offline, online, _, tau = exchange(*args)
+    offline, online, _, separation = exchange(*args)
     all_scores = torch.cat(args[2:])
-    high, low = all_scores[ids_of(offline)] >= tau, all_scores[ids_of(online)] < tau
+    high, low = all_scores[ids_of(offline)] >= separation, all_scores[ids_of(online)] < separation
     assert not high.any() or not low.any()
 
 
@@ -228,37 +227,17 @@ def test_exchange_of_permuted_batches_gives_the_same_scores(scores, cap, random)
     results = []
     for pair in (scores, [random.sample(x, len(x)) for x in scores]):
         args = halves(*pair)
-        *batches, m, tau = exchange(*args, cap)
+        *batches, m, separation = exchange(*args, cap)
         after = [sorted(torch.cat(args[2:])[ids_of(b)].tolist()) for b in batches]
-        results.append((*after, m.item(), tau.item()))
+        results.append((*after, m.item(), separation.item()))
     assert results[0] == results[1]
 
 
 def test_one_distinct_score_exchanges_nothing():
     args = halves([1.5] * 5, [1.5] * 5)
-    offline, online, m, tau = exchange(*args)
-    assert m == 0 and tau == 1.5
+    offline, online, m, separation = exchange(*args)
+    assert m == 0 and separation == 1.5
     assert ids_of(offline) == [0, 1, 2, 3, 4] and ids_of(online) == [5, 6, 7, 8, 9]
-
-
-@EXAMPLES
-@given(TIES | SPREAD, CAPS)
-def test_separated_exchanges_only_where_the_offline_mean_is_lower(scores, cap):
-    args = halves(*scores)
-    *batches, m, tau = exchange(*args, cap, "separated")
-    assert tau == exchange(*args, cap)[3]
-    lower = args[2].mean() < args[3].mean()
-    *expected, expected_m, _ = exchange(*args, cap if lower else 0)
-    assert m == expected_m and (lower or m == 0)
-    assert [ids_of(b) for b in batches] == [ids_of(b) for b in expected]
-
-
-def test_separated_on_either_side_of_equal_means():
-    lower, upper = [0.0, 1.0, 4.0], [1.0, 2.0, 3.0]
-    assert exchange(*halves(lower, upper), when="separated")[2] > 0
-    for x, y in [(upper, lower), (lower, lower)]:
-        assert exchange(*halves(x, y))[2] > 0
-        assert exchange(*halves(x, y), when="separated")[2] == 0
 
 
 @EXAMPLES
@@ -283,12 +262,12 @@ def test_direct_exchange_sorts_the_whole_batch(scores):
 
 def test_no_score_is_read_by_the_host():
     """Tensors on the meta device have shapes and no values: to read a value is an error."""
-    offline, online = (Batch(*(f.to("meta") for f in batch_of(range(n)))) for n in (6, 4))
+    offline, online = (TensorBatch(*(f.to("meta") for f in batch_of(range(n)))) for n in (6, 4))
     scores = [alignment_score(b.actions, torch.empty(len(b.rewards), 3, 2, device="meta"))
               for b in (offline, online)]  # fmt: skip
-    for function in (exchange, partial(exchange, when="separated"), direct_exchange):
-        *after, m, tau = function(offline, online, *scores)
-        assert m.shape == tau.shape == () and m.is_meta and tau.is_meta
+    for function in (exchange, direct_exchange):
+        *after, m, separation = function(offline, online, *scores)
+        assert m.shape == separation.shape == () and m.is_meta and separation.is_meta
         for before, batch in zip((offline, online), after, strict=True):
             assert [f.shape for f in batch] == [f.shape for f in before]
 
@@ -367,11 +346,11 @@ def amplitude(offline, online):
 
 
 def exchange_scores(offline, online, cap=math.inf):
-    """Scores of both halves after `exchange`, with M and tau."""
-    batches = [Batch(*[torch.from_numpy(x)[:, None]] * 5) for x in (offline, online)]
+    """Scores of both halves after `exchange`, with M and separation."""
+    batches = [TensorBatch(*[torch.from_numpy(x)[:, None]] * 5) for x in (offline, online)]
     scores = (torch.from_numpy(offline), torch.from_numpy(online))
-    *halves_after, m, tau = exchange(*batches, *scores, cap)
-    return *(b.rewards.flatten().numpy() for b in halves_after), int(m), tau.item()
+    *halves_after, m, separation = exchange(*batches, *scores, cap)
+    return *(b.rewards.flatten().numpy() for b in halves_after), int(m), separation.item()
 
 
 EQUAL_HALVES = st.integers(1, 40).flatmap(
@@ -387,12 +366,12 @@ def test_exchange_raises_the_cdf_difference(scores, cap):
     """
     offline, online = scores
     n, t = len(offline), np.arange(-1.0, 62.0)
-    *after, m, tau = exchange_scores(offline, online, cap)
+    *after, m, separation = exchange_scores(offline, online, cap)
     d_x, d_y = np.sort(offline)[::-1][:m], np.sort(online)[:m]
     swaps = ((d_y[:, None] <= t) & (t < d_x[:, None])).sum(0)
     change = cdf_difference(*after, t) - cdf_difference(offline, online, t)
     np.testing.assert_allclose(change, 2 * swaps / n, atol=1e-12)
-    below_tau = np.nextafter(tau, -np.inf)
+    below_tau = np.nextafter(separation, -np.inf)
     change = cdf_difference(*after, below_tau) - cdf_difference(offline, online, below_tau)
     assert change == pytest.approx(2 * m / n)
     if (cdf_difference(offline, online, t) >= 0).all():

@@ -16,15 +16,15 @@ def recorded(file, prefix):
 
 def test_three_updates_equal_corl():
     file = dict(np.load(DATA / "iql_three_updates.npz"))
-    cfg = iql.Config(hidden_dim=32, offline_iterations=1000, batch_size=64)
-    agent = iql.ImplicitQLearning(11, 3, cfg, "cpu")
+    config = iql.TrainConfig(env="hopper-medium-v2", device="cpu", hidden_dim=32, offline_iterations=1000, batch_size=64)
+    agent = iql.ImplicitQLearning(11, 3, config)
     nets = {"qf": agent.qf, "q_target": agent.q_target, "vf": agent.vf, "actor": agent.actor}
     for name, net in nets.items():
         net.load_state_dict(recorded(file, f"init/{name}/"))
     for i in range(3):
         rows = recorded(file, f"batch{i}/")
-        metrics = agent.update(
-            iql.Batch(
+        log_dict = agent.train(
+            iql.TensorBatch(
                 rows["observations"],
                 rows["actions"],
                 rows["rewards"].flatten(),
@@ -34,7 +34,7 @@ def test_three_updates_equal_corl():
         )
         for loss in ("value_loss", "q_loss", "actor_loss"):
             expected = torch.as_tensor(file[f"log{i}/{loss}"]).float()
-            torch.testing.assert_close(metrics[loss], expected.reshape(()), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(log_dict[loss], expected.reshape(()), rtol=1e-5, atol=1e-5)
         for name, net in nets.items():
             for key, expected in recorded(file, f"after{i}/{name}/").items():
                 torch.testing.assert_close(net.state_dict()[key], expected, rtol=0, atol=1e-5)

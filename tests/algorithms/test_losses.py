@@ -1,28 +1,31 @@
-"""DARE's losses, Eqs. 15, 16 and 35, row by row against plain formulas; rewards and returns."""
+"""IQL's and DARE-I's losses, Eqs. 2 to 4, 15, 16 and 35, row by row against plain formulas; rewards."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tiny_runs import DATA, ENV, run
 
+import d4rl_gymnasium as d4rl
 import dare_iql
 import iql
-from dare_iql import Batch
+import pex
+from dare_iql import TensorBatch
 
 S, A, B, N_OFFLINE = 3, 2, 8, 5
+MODULES = [iql, dare_iql, pex]  # the IQL group
 
 
-def config(**settings):
+def config_of(**settings):
     sizes = {"hidden_dim": 8, "batch_size": B, "mixing_ratio": N_OFFLINE / B, "n_max_actions": 4}
-    return dare_iql.Config(env="hopper-medium-v2", **{**sizes, "discount": 0.9, **settings})
+    return dare_iql.TrainConfig(env="hopper-medium-v2", **{**sizes, "discount": 0.9, **settings})
 
 
-def agent_of(cfg, module=dare_iql, online=True):
+def agent_of(config, module=dare_iql, online=True):
     """An agent whose target Q differs from its Q and whose draws often exceed the bounds."""
     torch.manual_seed(0)
-    agent = module.ImplicitQLearning(S, A, cfg, "cpu")
+    agent = module.ImplicitQLearning(S, A, config)
     for network in (agent.qf, agent.q_target, agent.vf, agent.actor):
         for parameter in network.parameters():
             parameter.data.normal_(0, 0.5)
@@ -37,7 +40,7 @@ def batch():
     generator = torch.Generator().manual_seed(1)
     s, a, r, s2 = (torch.randn(B, k, generator=generator) for k in (S, A, 1, S))
     done = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0])
-    return Batch(s, a.tanh(), r.squeeze(1), s2, done)
+    return TensorBatch(s, a.tanh(), r.squeeze(1), s2, done)
 
 
 @pytest.fixture
@@ -62,9 +65,9 @@ ONLINE, OFFLINE = slice(N_OFFLINE, None), slice(0, N_OFFLINE)
 
 def targets_by_hand(agent, batch, next_v, seed):
     """r + gamma V(s') offline; online the max over drawn actions of the smaller target Q."""
-    cfg, targets = agent.cfg, []
+    config, targets = agent.config, []
     torch.manual_seed(seed)
-    noise = torch.randn(cfg.n_max_actions, B - N_OFFLINE, A)
+    noise = torch.randn(config.n_max_actions, B - N_OFFLINE, A)
     mean, log_std = agent.actor(batch.next_observations)
     for i in range(B):
         value = next_v[i]
@@ -72,26 +75,26 @@ def targets_by_hand(agent, batch, next_v, seed):
             drawn = mean[i] + log_std.exp() * noise[:, i - N_OFFLINE]
             twins = [agent.q_target.both(batch.next_observations[i], a.clamp(-1, 1)) for a in drawn]
             value = max(min(q1.item(), q2.item()) for q1, q2 in twins)
-        targets.append(batch.rewards[i] + cfg.discount * (1 - batch.terminals[i]) * value)
+        targets.append(batch.rewards[i] + config.discount * (1 - batch.terminals[i]) * value)
     return torch.stack(targets).detach()
 
 
 @pytest.mark.parametrize("online_loss", ["sac", "expectile"])
-def test_critic_loss_is_eq_15(batch, online_loss):
-    agent, next_v = agent_of(config(online_loss=online_loss)), torch.randn(B)
+def test_q_loss_is_eq_15(batch, online_loss):
+    agent, next_v = agent_of(config_of(online_loss=online_loss)), torch.randn(B)
     targets = targets_by_hand(agent, batch, next_v, seed=7)
     q1, q2 = agent.qf.both(batch.observations, batch.actions)
     expected = ((q1 - targets) ** 2 + (q2 - targets) ** 2).sum() / (2 * B)
     torch.manual_seed(7)
-    torch.testing.assert_close(agent.critic_loss(batch, next_v), expected)
+    torch.testing.assert_close(agent.q_loss(batch, next_v), expected)
 
 
 def test_targets_of_eq_15_use_their_own_next_value(batch):
-    agent = agent_of(config())
+    agent = agent_of(config_of())
 
     def loss(next_v):
         torch.manual_seed(7)
-        return agent.critic_loss(batch, next_v).item()
+        return agent.q_loss(batch, next_v).item()
 
     next_v = torch.linspace(-1, 1, B)
     other = next_v.clone()
@@ -102,8 +105,8 @@ def test_targets_of_eq_15_use_their_own_next_value(batch):
 
 
 def test_no_gradient_flows_through_the_targets_of_eq_15(batch):
-    agent = agent_of(config())
-    agent.critic_loss(batch, torch.zeros(B)).backward()
+    agent = agent_of(config_of())
+    agent.q_loss(batch, torch.zeros(B)).backward()
     assert all(p.grad is not None for p in agent.qf.parameters())
     others = [*agent.q_target.parameters(), *agent.actor.parameters(), *agent.vf.parameters()]
     assert all(p.grad is None for p in others)
@@ -113,7 +116,7 @@ def test_no_gradient_flows_through_the_targets_of_eq_15(batch):
 
 
 def test_drawn_actions_are_clamped_and_their_densities_are_not(batch):
-    actor = agent_of(config()).actor
+    actor = agent_of(config_of()).actor
     torch.manual_seed(5)
     actions, log_prob = actor.sample(batch.observations, 50)
     torch.manual_seed(5)
@@ -125,29 +128,29 @@ def test_drawn_actions_are_clamped_and_their_densities_are_not(batch):
     torch.testing.assert_close(log_prob, policy.log_prob(drawn).sum(-1))
 
 
-def actor_loss_by_hand(agent, batch, advantage, seed):
+def policy_loss_by_hand(agent, batch, advantage, seed):
     """AWR on the offline-like rows, alpha log pi - min Q on the online-like rows."""
-    cfg, losses = agent.cfg, []
+    config, losses = agent.config, []
     torch.manual_seed(seed)
     noise = torch.randn(1, B - N_OFFLINE, A)[0]
     for i in range(B):
         mean, log_std = agent.actor(batch.observations[i])
         policy = torch.distributions.Normal(mean, log_std.exp())
         if i < N_OFFLINE:
-            weight = min(math.exp(cfg.beta * advantage[i]), 100.0)
+            weight = min(math.exp(config.beta * advantage[i]), 100.0)
             losses.append(-weight * policy.log_prob(batch.actions[i]).sum())
         else:
             drawn = mean + log_std.exp() * noise[i - N_OFFLINE]
             q = torch.min(*agent.qf.both(batch.observations[i], drawn.clamp(-1, 1)))
-            losses.append(cfg.sac_alpha * policy.log_prob(drawn).sum() - q)
+            losses.append(config.sac_alpha * policy.log_prob(drawn).sum() - q)
     return sum(losses) / B
 
 
-def test_actor_loss_and_its_gradient_are_those_of_eq_16(batch, advantage):
-    agent = agent_of(config(sac_alpha=0.3))
-    expected = actor_loss_by_hand(agent, batch, advantage, seed=5)
+def test_policy_loss_and_its_gradient_are_those_of_eq_16(batch, advantage):
+    agent = agent_of(config_of(sac_alpha=0.3))
+    expected = policy_loss_by_hand(agent, batch, advantage, seed=5)
     torch.manual_seed(5)
-    loss = agent.actor_loss(batch, advantage)
+    loss = agent.policy_loss(batch, advantage)
     torch.testing.assert_close(loss, expected)
     parameters = list(agent.actor.parameters())
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
@@ -158,11 +161,11 @@ def test_actor_loss_and_its_gradient_are_those_of_eq_16(batch, advantage):
 
 
 def test_each_half_has_its_own_term_of_eq_16(batch, advantage):
-    agent = agent_of(config())
+    agent = agent_of(config_of())
 
     def loss(batch, advantage):
         torch.manual_seed(5)
-        return agent.actor_loss(batch, advantage).item()
+        return agent.policy_loss(batch, advantage).item()
 
     before = loss(batch, advantage)
     # Neither the stored actions nor the advantages of the online-like rows count ...
@@ -171,28 +174,28 @@ def test_each_half_has_its_own_term_of_eq_16(batch, advantage):
     assert loss(changed(batch, OFFLINE, actions=0.9), advantage) != before
     # ... and Q counts in their share of the batch alone.
     for q in (agent.qf.q1, agent.qf.q2):
-        q.net[-1].bias.data += 1.0
+        q.net[-2].bias.data += 1.0
     assert loss(batch, advantage) == pytest.approx(before - (B - N_OFFLINE) / B)
 
 
-def test_q_gradient_of_an_update_is_that_of_the_critic_loss_alone(batch):
-    agent = agent_of(config(online_loss="sac"))
+def test_q_gradient_of_an_update_is_that_of_the_q_loss_alone(batch):
+    agent = agent_of(config_of(online_loss="sac"))
     next_v = agent.vf(batch.next_observations).detach()
     torch.manual_seed(11)
     parameters = list(agent.qf.parameters())
-    expected = torch.autograd.grad(agent.critic_loss(batch, next_v), parameters)
+    expected = torch.autograd.grad(agent.q_loss(batch, next_v), parameters)
     torch.manual_seed(11)
-    agent.update(batch)
+    agent.train(batch)
     torch.testing.assert_close([p.grad for p in parameters], list(expected))
 
 
 @pytest.mark.parametrize("module", [iql, dare_iql])
 def test_updates_leave_no_graph_behind(batch, module):
     """A target that required a gradient would hold the graphs of all updates before it."""
-    agent = agent_of(config(), module)
+    agent = agent_of(config_of(), module)
     for _ in range(2):
-        metrics = agent.update(batch)
-    kept = [*agent.q_target.parameters(), *metrics.values()]
+        log_dict = agent.train(batch)
+    kept = [*agent.q_target.parameters(), *log_dict.values()]
     assert not any(x.requires_grad or x.grad_fn for x in kept)
 
 
@@ -200,11 +203,11 @@ def test_updates_leave_no_graph_behind(batch, module):
 
 
 def test_value_loss_is_eq_35(batch, advantage):
-    agent = agent_of(config(online_loss="expectile", iql_tau=0.7, online_expectile=0.95))
+    agent = agent_of(config_of(online_loss="expectile", iql_tau=0.7, online_expectile=0.95))
     expectiles = [0.7] * N_OFFLINE + [0.95] * (B - N_OFFLINE)
     weights = [abs(e - (u < 0)) for e, u in zip(expectiles, advantage.tolist(), strict=True)]
     expected = sum(w * u**2 for w, u in zip(weights, advantage.tolist(), strict=True)) / B
-    assert agent.value_loss(batch, advantage).item() == pytest.approx(expected)
+    assert agent.value_loss(advantage).item() == pytest.approx(expected)
 
 
 def losses(agent, batch, advantage):
@@ -213,9 +216,9 @@ def losses(agent, batch, advantage):
     next_v = torch.linspace(-1, 1, B)
     return torch.stack(
         [
-            agent.value_loss(batch, advantage),
-            agent.critic_loss(batch, next_v),
-            agent.actor_loss(batch, advantage),
+            agent.value_loss(advantage),
+            agent.q_loss(batch, next_v),
+            agent.policy_loss(batch, advantage),
         ]
     ).tolist()
 
@@ -231,15 +234,15 @@ def losses(agent, batch, advantage):
     ],
 )
 def test_what_differs_from_iql(batch, advantage, online_loss, online, differ):
-    cfg = config(online_loss=online_loss)
-    expected = losses(agent_of(cfg, iql, online), batch, advantage)
-    found = losses(agent_of(cfg, dare_iql, online), batch, advantage)
+    config = config_of(online_loss=online_loss)
+    expected = losses(agent_of(config, iql, online), batch, advantage)
+    found = losses(agent_of(config, dare_iql, online), batch, advantage)
     assert [x != y for x, y in zip(found, expected, strict=True)] == differ
 
 
 def test_iql_losses_by_hand(batch, advantage):
     """Eqs. 2 to 4, which the rows of the offline half keep."""
-    agent, next_v = agent_of(config(), iql), torch.linspace(-1, 1, B)
+    agent, next_v = agent_of(config_of(), iql), torch.linspace(-1, 1, B)
     targets = batch.rewards + 0.9 * (1 - batch.terminals) * next_v
     q1, q2 = agent.qf.both(batch.observations, batch.actions)
     weights = (3.0 * advantage).exp().clamp(max=100.0)
@@ -255,15 +258,15 @@ def test_iql_losses_by_hand(batch, advantage):
 
 
 def test_actor_lr_decays_offline_only(batch):
-    agent = agent_of(config(offline_iterations=4, online_loss="none"), online=False)
+    agent = agent_of(config_of(offline_iterations=4, online_loss="none"), online=False)
     rates = []
     for _ in range(4):
-        agent.update(batch)
+        agent.train(batch)
         rates.append(agent.optimizer.param_groups[-1]["lr"].item())
     expected = [3e-4 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3, 4)]
     np.testing.assert_allclose(rates, expected, rtol=1e-7, atol=1e-12)
     agent.start_online()
-    agent.update(batch)
+    agent.train(batch)
     rates = [float(g["lr"]) for g in agent.optimizer.param_groups]
     np.testing.assert_allclose(rates, 3e-4, rtol=1e-7)
 
@@ -285,142 +288,106 @@ def dataset():
     }
 
 
-@pytest.mark.parametrize("module", [iql, dare_iql])
-def test_return_range_splits_at_terminals_and_gaps(dataset, module):
-    assert module.return_range(dataset) == 11.0
+@pytest.mark.parametrize("module", MODULES)
+def test_returns_end_at_terminals_and_gaps(dataset, module):
+    assert module.return_reward_range(dataset) == (-1.0, 10.0)
     dataset["terminals"][1] = False  # the first two episodes join: 2 and 10
-    assert module.return_range(dataset) == 8.0
+    assert module.return_reward_range(dataset) == (2.0, 10.0)
     dataset["next_observations"][3] -= 0.5  # all join
-    assert module.return_range(dataset) == 0.0
+    assert module.return_reward_range(dataset) == (12.0, 12.0)
 
 
 @pytest.mark.parametrize(
-    "env, normalize, expected",
+    "env, normalize, scale, shift",
     [
-        ("hopper-medium-v2", False, (1.0, 0.0)),
-        ("hopper-medium-v2", True, (1000 / 11, 0.0)),
-        ("antmaze-umaze-v2", True, (1.0, -1.0)),
-        ("antmaze-umaze-v2", False, (1.0, 0.0)),
+        ("hopper-medium-v2", False, 1.0, 0.0),
+        ("hopper-medium-v2", True, 1000 / 11, 0.0),
+        ("antmaze-umaze-v2", True, 1.0, -1.0),
+        ("antmaze-umaze-v2", False, 1.0, 0.0),
     ],
 )
-@pytest.mark.parametrize("module", [iql, dare_iql])
-def test_reward_transform(dataset, module, env, normalize, expected):
-    cfg = module.Config(env=env, normalize_reward=normalize)
-    assert module.reward_transform(dataset, cfg) == pytest.approx(expected)
+@pytest.mark.parametrize("module", MODULES)
+def test_rewards_are_scaled_and_shifted(dataset, module, env, normalize, scale, shift):
+    raw = dataset["rewards"].copy()
+    config = module.TrainConfig(env=env, normalize_reward=normalize)
+    assert module.modify_reward(dataset, config) == pytest.approx((scale, shift))
+    np.testing.assert_allclose(dataset["rewards"], scale * raw + shift, rtol=1e-6)
 
 
-# --- Energies and one pass of Algorithm 1 ---
+@pytest.mark.parametrize("module", MODULES)
+def test_rewards_of_equal_returns_cannot_be_scaled(dataset, module):
+    dataset["rewards"][:] = 0.0
+    config = module.TrainConfig(env="hopper-medium-v2", normalize_reward=True)
+    with pytest.raises(SystemExit, match="^error: all episodes have the same return: take --norm"):
+        module.modify_reward(dataset, config)
 
 
-def bare_dare(agent=None, **settings):
-    """The exchange without its models, which the tests below do not need or replace."""
-    dare = object.__new__(dare_iql.DARE)
-    dare.cfg, dare.behavior, dare.energy = config(**settings), "nu_0", "f_phi"
-    dare.guided_noise = "eps"
-    dare.agent, dare.q_spread, dare.n_spreads = agent, torch.ones(()), torch.zeros(())
-    return dare
+@pytest.mark.parametrize("module", MODULES)
+def test_online_rewards_are_scaled_as_the_data_is(monkeypatch, tmp_path, module):
+    """Both buffers of a run hold 1000 r / range of returns."""
+    raw, buffers, step = [], [], d4rl.ResumableEnv.step
+
+    class Buffer(module.ReplayBuffer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            buffers.append(self)
+
+    def watched(env, action):
+        transition = step(env, action)
+        raw.append(transition[1])
+        return transition
+
+    monkeypatch.setattr(module, "ReplayBuffer", Buffer)
+    monkeypatch.setattr(d4rl.ResumableEnv, "step", watched)
+    sizes = dict(offline_iterations=0, online_iterations=9)
+    run(module, tmp_path, **sizes, normalize_reward=True)
+    dataset = d4rl.qlearning_dataset(ENV, data=DATA)
+    smallest, largest = module.return_reward_range(dataset)
+    scale = 1000 / (largest - smallest)
+    offline, online = (buffer.rows(slice(None)) for buffer in buffers)
+    np.testing.assert_allclose(offline.rewards, scale * dataset["rewards"], rtol=1e-6)
+    np.testing.assert_allclose(online.rewards, scale * np.array(raw), rtol=1e-6)
+    assert scale != pytest.approx(1, rel=0.1) and len(raw) == 9
 
 
-def test_energies_are_q_in_units_of_its_usual_spread():
-    agent = agent_of(config())
-    dare = bare_dare(agent, energy_beta=2.0)
-    spreads = []
-    for k in range(3):
-        states, actions = torch.randn(4, S), torch.randn(4, 5, A) * (k + 1)
-        q = torch.stack(
-            [torch.min(*agent.q_target.both(s.expand(5, -1), a))
-             for s, a in zip(states, actions, strict=True)]
-        )  # fmt: skip
-        spreads.append(q.std(1).mean())
-        expected = 2.0 * q / torch.stack(spreads).mean()  # of few updates the plain mean
-        torch.testing.assert_close(dare.energies(states, actions), expected)
-    raw = bare_dare(agent, energy_beta=2.0, energy_normalize=False)
-    torch.testing.assert_close(raw.energies(states, actions), 2.0 * q)
+# --- Robots with one action ---
 
 
-def test_resampled_actions_are_those_of_the_rows_drawn_by_q():
-    """Of the support actions of each row's own state, with probability softmax(s beta_E Q)."""
-    agent, draws = agent_of(config()), 20_000
-    settings = {"reference": "resample", "n_reference": draws, "n_support": 4, "energy_beta": 2.0}
-    dare = bare_dare(agent, **settings, guidance_scale=3.0, energy_normalize=False)
-    states = torch.randn(5, S)
-    dare.actions, dare.online_actions = torch.rand(10, 4, A), torch.rand(6, 4, A)
-    dare.offline_buffer = SimpleNamespace(index=torch.tensor([7, 0]))
-    dare.online_buffer = SimpleNamespace(index=torch.tensor([5, 5, 1]))
-    actions = torch.cat([dare.actions[[7, 0]], dare.online_actions[[5, 5, 1]]])
-    with torch.no_grad():
-        q = agent.q_target(states[:, None].expand(-1, 4, -1), actions)
+@pytest.mark.parametrize("module", MODULES)
+def test_a_robot_with_one_action(module):
+    """Its batches keep the shape [B, 1]; actions of data may come as a column or a list."""
+    buffer = module.ReplayBuffer(3, 1, 11)
+    columns = dict(observations=np.eye(10, 3), actions=np.arange(10.0)[:, None] / 10)
+    columns |= dict(rewards=np.arange(10.0), next_observations=np.ones((10, 3)))
+    columns |= dict(terminals=np.zeros(10, bool))
+    buffer.load_d4rl_dataset({k: np.float32(x) for k, x in columns.items()})
+    buffer.add_transition(np.ones(3, "f"), np.float32([0.5]), 2.0, np.zeros(3, "f"), True)
+    batch = buffer.sample(64)
+    assert [x.shape for x in batch] == [(64, 3), (64, 1), (64,), (64, 3), (64,)]
+    last = [x.tolist() for x in buffer.rows(slice(10, None))]
+    assert last == [[[1.0] * 3], [[0.5]], [2.0], [[0.0] * 3], [1.0]]
+    config = module.TrainConfig(env="hopper-medium-v2", hidden_dim=8, batch_size=64)
+    agent = module.ImplicitQLearning(3, 1, config)
+    assert agent.qf(batch.observations, batch.actions).shape == (64,)
+    for online in (False, True):
+        if online:
+            agent.start_online()
+        assert all(x.isfinite() for x in agent.train(batch).values())
+    assert agent.act(np.ones((2, 3))).shape == (2, 1)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_batches_are_drawn_uniformly_from_the_filled_rows(module):
+    buffer = module.ReplayBuffer(3, 2, 50)
+    for k in range(5):
+        buffer.add_transition(np.full(3, k, "f"), np.zeros(2, "f"), k, np.zeros(3, "f"), False)
     torch.manual_seed(0)
-    found = dare.reference_actions(states)
-    assert found.shape == (5, draws, A)
-    is_action = (found[:, :, None] == actions[:, None]).all(-1)
-    assert (is_action.sum(-1) == 1).all()
-    expected = torch.softmax(3.0 * 2.0 * q, -1)
-    torch.testing.assert_close(is_action.float().mean(1), expected, rtol=0, atol=0.015)
-    assert (expected.amax(-1) - expected.amin(-1)).min() > 0.05  # else the test would see nothing
-
-
-@pytest.mark.parametrize("chunk", [1, 4])
-def test_resampling_draws_rows_with_support_alone(monkeypatch, chunk):
-    monkeypatch.setattr(dare_iql, "SUPPORT_CHUNK", chunk)
-    monkeypatch.setattr(
-        dare_iql,
-        "draw_support_actions",
-        lambda _, x, k, steps: (x[:, None, :A] + 1).repeat(1, k, 1),
-    )
-    dare = bare_dare(agent_of(config()), reference="resample")
-    dare.has_support, dare.energy_fitted, dare.n_online = True, True, 0
-    dare.n_online_drawable, dare.online_actions = torch.tensor(0), torch.zeros(20, 16, A)
-    dare.online_buffer = buffer = dare_iql.ReplayBuffer(S, A, 20, "cpu")
-    for n in range(1, 10):
-        buffer.add(torch.randn(1, S), torch.rand(1, A), [0.0], torch.randn(1, S), [0.0])
-        dare.prepare()
-        drawable = buffer.n_drawable.item()
-        assert drawable == n if chunk == 1 else n - 4 < drawable <= n
-        supported = buffer.batch(buffer.rows[:drawable]).observations[:, :A] + 1
-        torch.testing.assert_close(dare.online_actions[:drawable, 0], supported)
-        buffer.sample(200)
-        assert buffer.index.max() == drawable - 1
-
-
-@pytest.mark.parametrize("when", ["always", "separated"])
-def test_a_pass_of_algorithm_1_asks_whether_to_exchange(monkeypatch, batch, when):
-    # The first offline rows are far from their references and all others on them.
-    references = batch.actions[:, None].clone()
-    references[:3] += 1.0
-    monkeypatch.setattr(dare_iql, "sample_actions", lambda *args, **kwargs: references)
-    dare = bare_dare(guidance_scale=0, exchange_when=when)
-    halves = [Batch(*(x[rows] for x in batch)) for rows in (OFFLINE, ONLINE)]
-    *after, metrics = dare(*halves)
-    assert metrics["mu_offline"] > metrics["mu_online"]
-    assert (metrics["exchanged"] > 0) == (when == "always")
-
-
-@pytest.mark.parametrize("kind, align", [("gaussian", "gaussian_kl"), ("direct", "softmax_kl")])
-def test_a_pass_of_algorithm_1_exchanges_by_the_scores(monkeypatch, batch, kind, align):
-    # References far from the first offline rows and near the online rows: these change sides.
-    references = torch.stack([batch.actions, batch.actions + 0.1], 1)
-    references[:3] += torch.tensor([1.0, -2.0])
-
-    def sampled(behavior, states, n, energy, guidance_scale, steps, noise_prediction):
-        assert (behavior, energy) == ("nu_0", "f_phi") and torch.equal(states, batch.observations)
-        assert (n, guidance_scale, steps, noise_prediction) == (2, 0, 7, "eps")
-        return references
-
-    monkeypatch.setattr(dare_iql, "sample_actions", sampled)
-    settings = {"exchange": kind, "align": align, "max_exchange": 1, "n_reference": 2}
-    dare = bare_dare(guidance_scale=0, diffusion_steps=7, **settings)
-    halves = [Batch(*(x[rows] for x in batch)) for rows in (OFFLINE, ONLINE)]
-    offline, online, metrics = dare(*halves)
-    scores = dare_iql.alignment_score(batch.actions, references, align)
-    scores = scores.split([N_OFFLINE, B - N_OFFLINE])
-    if kind == "gaussian":
-        *expected, exchanged, tau = dare_iql.exchange(*halves, *scores, 1)
-    else:
-        *expected, exchanged, tau = dare_iql.direct_exchange(*halves, *scores)
-    torch.testing.assert_close([offline, online], expected)
-    assert dare_iql.exchange(*halves, *scores)[2] > 1 == dare.cfg.max_exchange
-    fits = [x.mean() for x in scores] + [x.std(correction=0) for x in scores]
-    names = "exchanged tau mu_offline mu_online sigma_offline sigma_online".split()
-    expected_metrics = dict(zip(names, [exchanged.float(), tau, *fits], strict=True))
-    torch.testing.assert_close(metrics, expected_metrics)
+    counts = buffer.sample(20_000).rewards.long().bincount()
+    assert counts.shape == (5,) and (counts / 20_000 - 0.2).abs().max() < 0.015
+    few = buffer.draw(20_000, torch.tensor(2)).bincount()
+    assert few.shape == (2,) and (few / 20_000 - 0.5).abs().max() < 0.02
+    other = module.ReplayBuffer(3, 2, 60)
+    other.load_state_dict(buffer.state_dict())
+    assert other.size == 5
+    for found, expected in zip(other.rows(slice(5)), buffer.rows(slice(5)), strict=True):
+        assert torch.equal(found, expected)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_runs import assert_equal, assert_same_end, checkpoint, interrupt, last_line, run
+from tiny_runs import assert_equal, assert_same_end, checkpoint, directory, interrupt, run
 
 import iql
 import pex
@@ -15,7 +15,7 @@ def agent_of(**settings):
     """An online agent; the fresh policy has the offline one's architecture and other weights."""
     sizes = {"hidden_dim": 8, "batch_size": B, "beta": 3.0, **settings}
     torch.manual_seed(0)
-    agent = pex.ImplicitQLearning(S, A, pex.Config(env="hopper-medium-v2", **sizes), "cpu")
+    agent = pex.ImplicitQLearning(S, A, pex.TrainConfig(env="hopper-medium-v2", **sizes))
     agent.actor.log_std.data = torch.tensor([0.3, -0.2])
     for parameter in agent.q_target.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -29,7 +29,7 @@ def states_of(n, seed=1):
 
 def batch_of(n=B):
     s, s2 = states_of(n), states_of(n, seed=2)
-    return pex.Batch(s, s[:, :A].tanh(), s[:, 2], s2, torch.zeros(n))
+    return pex.TensorBatch(s, s[:, :A].tanh(), s[:, 2], s2, torch.zeros(n))
 
 
 def candidates(agent, state):
@@ -39,9 +39,9 @@ def candidates(agent, state):
 
 def test_expansion_freezes_the_offline_policy_and_starts_a_new_one():
     torch.manual_seed(0)
-    agent = pex.ImplicitQLearning(S, A, pex.Config(env="hopper-medium-v2", hidden_dim=8), "cpu")
+    agent = pex.ImplicitQLearning(S, A, pex.TrainConfig(env="hopper-medium-v2", hidden_dim=8))
     for _ in range(3):
-        agent.update(batch_of())
+        agent.train(batch_of())
     before = {k: x.clone() for k, x in agent.actor.state_dict().items()}
     q_state = agent.optimizer.state[next(agent.qf.parameters())]["step"]
     agent.start_online()
@@ -55,7 +55,7 @@ def test_expansion_freezes_the_offline_policy_and_starts_a_new_one():
     assert not any(p in agent.optimizer.state for p in agent.actor.parameters())
     assert q_state == agent.optimizer.state[next(agent.qf.parameters())]["step"] == 3
     for _ in range(3):
-        agent.update(batch_of())
+        agent.train(batch_of())
     for key, value in agent.offline_actor.state_dict().items():
         assert torch.equal(value, before[key])
     assert agent.optimizer.state[agent.actor.log_std]["step"] == 3
@@ -104,9 +104,9 @@ def test_evaluation_is_greedy_but_for_epsilon(epsilon):
 
 def test_policy_update_regresses_on_the_composed_actions():
     agent, batch = agent_of(), batch_of()
-    advantage = torch.full((B,), 50.0)  # of the stored actions: must not matter
+    adv = torch.full((B,), 50.0)  # of the stored actions: must not matter
     torch.manual_seed(3)
-    loss = agent.actor_loss(batch, advantage)
+    loss = agent.policy_loss(batch, adv)
     torch.manual_seed(3)
     actions = agent.compose(batch.observations)
     own = agent.q_target(batch.observations, actions) - agent.vf(batch.observations)
@@ -123,9 +123,9 @@ def test_weights_are_bounded():
     agent, batch = agent_of(beta=1000.0), batch_of()
     for p in agent.vf.parameters():
         p.data.zero_()
-    agent.vf.v.net[-1].bias.data.fill_(-100.0)  # every advantage is large
+    agent.vf.v.net[-2].bias.data.fill_(-100.0)  # every advantage is large
     torch.manual_seed(3)
-    loss = agent.actor_loss(batch, torch.zeros(B))
+    loss = agent.policy_loss(batch, torch.zeros(B))
     torch.manual_seed(3)
     actions = agent.compose(batch.observations)
     expected = -100.0 * agent.actor.log_prob(batch.observations, actions).mean()
@@ -133,23 +133,23 @@ def test_weights_are_bounded():
 
 
 def test_offline_pex_is_iql():
-    metrics = []
+    log_dicts = []
     for script in (iql, pex):
         torch.manual_seed(0)
-        cfg = script.Config(env="hopper-medium-v2", hidden_dim=8)
-        agent = script.ImplicitQLearning(S, A, cfg, "cpu")
+        config = script.TrainConfig(env="hopper-medium-v2", hidden_dim=8)
+        agent = script.ImplicitQLearning(S, A, config)
         torch.manual_seed(1)
-        metrics.append([agent.update(script.Batch(*batch_of())) for _ in range(3)][-1])
+        log_dicts.append([agent.train(script.TensorBatch(*batch_of())) for _ in range(3)][-1])
         state = states_of(2).numpy()
         np.testing.assert_array_equal(agent.act(state, True), agent.actor(states_of(2))[0].detach())
-    assert all(torch.equal(metrics[0][k], metrics[1][k]) for k in metrics[0])
+    assert all(torch.equal(log_dicts[0][k], log_dicts[1][k]) for k in log_dicts[0])
 
 
 def test_actions_and_state_survive_a_checkpoint():
     agent = agent_of()
-    agent.update(batch_of())
+    agent.train(batch_of())
     state = agent.state_dict()
-    other = pex.ImplicitQLearning(S, A, agent.cfg, "cpu")
+    other = pex.ImplicitQLearning(S, A, agent.config)
     other.start_online()
     other.load_state_dict(state)
     observations = states_of(50).numpy()
@@ -165,24 +165,23 @@ def test_actions_and_state_survive_a_checkpoint():
 # --- Runs ---
 
 
-def test_a_run_starts_from_the_offline_agent_of_iql_and_resumes_exactly(
-    tmp_path, capsys, monkeypatch
-):
-    run(tmp_path, iql, "--online_iterations", "0")
-    capsys.readouterr()
-    expected = run(tmp_path, pex, "--name", "whole").parents[2] / "whole"
-    expected = next(expected.glob("*/seed_0"))
-    assert "cache hit: iql from" in capsys.readouterr().out
-    with monkeypatch.context() as patch:
-        interrupt(patch, pex.ImplicitQLearning, "update", 70)
-        assert "interrupted at online step 130" in last_line(tmp_path, pex)
-    assert_same_end(run(tmp_path, pex), expected)
+def test_a_run_starts_from_the_offline_agent_of_iql_and_resumes_exactly(tmp_path, monkeypatch):
+    agent = run(iql, tmp_path, online_iterations=0) / "offline.pt"
+    sizes = {"load_model": str(agent), "online_iterations": 120}
+    expected = run(pex, tmp_path / "whole", **sizes)
+    assert torch.load(agent)["trainer"]["total_it"] == 200
+    assert checkpoint(expected)["trainer"]["total_it"] == 260
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, pex.ImplicitQLearning, "train", 50)
+        run(pex, tmp_path, **sizes)
+    assert checkpoint(directory(tmp_path, pex))["step"] == 100
+    assert_same_end(run(pex, tmp_path, **sizes), expected)
 
 
 def test_evaluations_draw_nothing_from_the_run(tmp_path):
     ends = []
-    for name, freq in (("often", "20"), ("seldom", "200")):
-        run(tmp_path, pex, "--name", name, "--eval_freq", freq)
-        ends.append(checkpoint(next((tmp_path / name).glob("*/seed_0"))))
-    for key in ("agent", "rng", "online_buffer"):
-        assert_equal(ends[0][key], ends[1][key])
+    for name, freq in (("often", 10), ("seldom", 1000)):
+        sizes = dict(offline_iterations=10, online_iterations=80, offline_eval_freq=1000)
+        ends.append(checkpoint(run(pex, tmp_path, name=name, eval_freq=freq, **sizes)))
+    for part in ("trainer", "rng", "online_buffer"):
+        assert_equal(ends[0][part], ends[1][part])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from gaussian_mixtures import Mixture, energy_distance_ratio
 
+from d4rl_gymnasium.files import DamagedFileError
 from diffusion import (
     BehaviorModel,
     EnergyModel,
@@ -130,7 +131,7 @@ def new_model(seed=0):
 
 
 def train(model, path=None, updates=60, **options):
-    options = {"batch_size": 32, "learning_rate": 1e-3, "checkpoint_every": 20} | options
+    options = {"batch_size": 32, "learning_rate": 1e-3} | options
     return train_behavior(model, *DATA, updates, path=path, **options)
 
 
@@ -141,7 +142,9 @@ def assert_same_weights(first, second):
 
 @pytest.fixture
 def often_reported(monkeypatch):
+    """And kept at every report."""
     monkeypatch.setattr(training, "REPORT_EVERY", 25)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatch, often_reported):
@@ -171,18 +174,21 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatc
     assert_same_weights(again, whole)
 
 
-def test_a_stop_by_on_progress_loses_nothing(tmp_path, often_reported):
-    whole, resumed = new_model(), new_model()
-    train(whole)
+def test_the_training_is_kept_when_the_last_time_is_long_ago(tmp_path, monkeypatch, often_reported):
+    """At most SAVE_SECONDS and one report, and always at the end."""
+    monkeypatch.setattr(training, "SAVE_SECONDS", 300.0)
+    clock, saved, save = iter(range(0, 10**6, 200)), [], training.save
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(training, "save", lambda path, x: (saved.append(x["step"]), save(path, x)))
+    train(new_model(), tmp_path / "model", updates=160)
+    assert saved == [50, 100, 150, 160]
 
-    def stop(*_):
-        raise SystemExit("stopped")
 
-    with pytest.raises(SystemExit):
-        train(resumed, tmp_path / "model", on_progress=stop, checkpoint_every=1000)
-    assert torch.load(tmp_path / "model.partial", weights_only=True)["step"] == 25
-    train(resumed, tmp_path / "model")
-    assert_same_weights(resumed, whole)
+def test_a_training_that_is_through_only_gives_its_model(tmp_path, often_reported):
+    whole, again = new_model(), new_model(seed=1)
+    loss = train(whole, tmp_path / "model")
+    assert train(again, tmp_path / "model", accelerate=lambda update: pytest.fail) == loss
+    assert_same_weights(again, whole)
 
 
 def test_the_seed_decides_the_training():
@@ -193,14 +199,14 @@ def test_the_seed_decides_the_training():
     assert not torch.equal(first.output.weight, other.output.weight)
 
 
-def in_bf16(update, generator=None):
+def in_bf16(update):
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)(update)
 
 
 def test_reduced_precision_does_not_use_stale_weights():
     reduced, nested, full = new_model(), new_model(), new_model()
     train(full)
-    for model, context in ((reduced, in_bf16), (nested, lambda f, **_: in_bf16(in_bf16(f)))):
+    for model, context in ((reduced, in_bf16), (nested, lambda f: in_bf16(in_bf16(f)))):
         train(model, accelerate=context)
     assert_same_weights(nested, reduced)
     assert not torch.equal(reduced.output.weight, full.output.weight)
@@ -220,13 +226,11 @@ def test_progress_is_reported_with_the_mean_since_the_last_report(monkeypatch, o
     assert last == 54.5
 
 
-def test_a_loss_that_is_not_finite_stops_and_is_not_kept(tmp_path):
+def test_a_loss_that_is_not_finite_stops_and_is_not_kept(tmp_path, often_reported):
     states, actions = DATA[0].clone(), DATA[1]
     states[7] = float("nan")
-    with pytest.raises(FloatingPointError, match="behavior loss is not finite by update 20"):
-        train_behavior(
-            new_model(), states, actions, 100, 256, path=tmp_path / "model", checkpoint_every=20
-        )
+    with pytest.raises(FloatingPointError, match="behavior loss is not finite by update 25"):
+        train_behavior(new_model(), states, actions, 100, 256, path=tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
@@ -248,5 +252,5 @@ def test_a_foreign_or_broken_partial_file_is_refused(tmp_path):
             train(new_model(), path, **options)
     partial = tmp_path / "model.partial"
     partial.write_bytes(partial.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="cannot read .*delete it to train afresh"):
+    with pytest.raises(DamagedFileError, match="model.partial is damaged .*move it away"):
         train(new_model(), path)
