@@ -113,7 +113,7 @@ class TrainConfig:
             if getattr(self, key) is None:
                 setattr(self, key, value)
         for key, value in vars(self).items():
-            low, high = int(key in AT_LEAST_1), 1 if key in AT_MOST_1 else 10**9
+            low, high = LOWEST.get(key, 0), 1 if key in AT_MOST_1 else 10**9
             low = -high if key in MAY_BE_NEGATIVE else low
             if isinstance(value, (int, float)) and not low <= value <= high:
                 raise ValueError(f"--{key} must be from {low} to {high}, not {value}")
@@ -146,9 +146,9 @@ PRESETS = {  # Table 4
 }  # fmt: skip
 CHOICES = {"device": ("cpu", "cuda"), "precision": ("fp32", "bf16")}
 CHOICES |= {"wandb": ("online", "offline", "disabled")}
-AT_LEAST_1 = ("eval_freq", "offline_eval_freq", "n_episodes", "initial_collection_steps", "utd")
-AT_LEAST_1 += ("log_freq", "checkpoint_freq", "threads", "batch_size", "cql_n_actions")
-AT_LEAST_1 += ("hidden_dim", "q_n_hidden_layers", "policy_n_hidden_layers")
+LOWEST = dict(eval_freq=1, offline_eval_freq=1, n_episodes=1, initial_collection_steps=1, utd=1)
+LOWEST |= dict(log_freq=1, checkpoint_freq=1, threads=1, batch_size=1, cql_n_actions=1)
+LOWEST |= dict(hidden_dim=1, q_n_hidden_layers=1, policy_n_hidden_layers=1)
 AT_MOST_1 = ("discount", "soft_target_update_rate", "mixing_ratio")
 MAY_BE_NEGATIVE = ("cql_target_action_gap", "cql_clip_diff_min", "reward_bias")
 OFFLINE_FIELDS = ("env", "data", "regenerated_size", "discount", "calibrated", "cql_alpha")
@@ -523,8 +523,8 @@ class Run:
             step = self.checkpoint["step"] if self.checkpoint["phase"] == "online" else -1
             if step >= config.online_iterations:
                 sys.exit(f"error: {self.dir} is finished: take another --seed or --name")
-        self.rows = self.checkpoint["rows"]  # of eval.csv and train.csv
-        self.sums, self.n_sums = self.checkpoint["sums"], self.checkpoint["n_sums"]
+        self.rows, self.n_sums = self.checkpoint["rows"], self.checkpoint["n_sums"]
+        self.sums = {name: x.to(config.device) for name, x in self.checkpoint["sums"].items()}
         self.n_steps = 0  # since the last row of train.csv
         self.clock = self.last_save = time.perf_counter()
 

@@ -104,7 +104,7 @@ class TrainConfig:
             if getattr(self, key) is None:
                 setattr(self, key, value)
         for key, value in vars(self).items():
-            low, high = int(key in AT_LEAST_1), 1 if key in AT_MOST_1 else 10**9
+            low, high = LOWEST.get(key, 0), 1 if key in AT_MOST_1 else 10**9
             if isinstance(value, (int, float)) and not low <= value <= high:
                 raise ValueError(f"--{key} must be from {low} to {high}, not {value}")
             if key in CHOICES and value not in CHOICES[key]:
@@ -124,8 +124,8 @@ PRESETS = {  # Table 5 and PEX
 }
 CHOICES = {"device": ("cpu", "cuda"), "precision": ("fp32", "bf16")}
 CHOICES |= {"wandb": ("online", "offline", "disabled")}
-AT_LEAST_1 = ("eval_freq", "offline_eval_freq", "n_episodes", "initial_collection_steps", "utd")
-AT_LEAST_1 += ("log_freq", "checkpoint_freq", "threads", "batch_size", "hidden_dim", "n_hidden")
+LOWEST = dict(eval_freq=1, offline_eval_freq=1, n_episodes=1, initial_collection_steps=1, utd=1)
+LOWEST |= dict(log_freq=1, checkpoint_freq=1, threads=1, batch_size=1, hidden_dim=1, n_hidden=1)
 AT_MOST_1 = ("mixing_ratio", "discount", "tau", "iql_tau")
 OFFLINE_FIELDS = ("env", "data", "regenerated_size", "discount", "beta", "iql_tau")
 OFFLINE_FIELDS += ("normalize_reward", "hidden_dim", "n_hidden")  # --load_model must agree with
@@ -458,8 +458,8 @@ class Run:
             step = self.checkpoint["step"] if self.checkpoint["phase"] == "online" else -1
             if step >= config.online_iterations:
                 sys.exit(f"error: {self.dir} is finished: take another --seed or --name")
-        self.rows = self.checkpoint["rows"]  # of eval.csv and train.csv
-        self.sums, self.n_sums = self.checkpoint["sums"], self.checkpoint["n_sums"]
+        self.rows, self.n_sums = self.checkpoint["rows"], self.checkpoint["n_sums"]
+        self.sums = {name: x.to(config.device) for name, x in self.checkpoint["sums"].items()}
         self.n_steps = 0  # since the last row of train.csv
         self.clock = self.last_save = time.perf_counter()
 
