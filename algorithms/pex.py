@@ -349,7 +349,7 @@ class ImplicitQLearning:
         v = self.vf(batch.observations)
         adv = target_q - v
         value_loss, q_loss = self.value_loss(adv), self.q_loss(batch, next_v)
-        actor_loss = self.policy_loss(batch, adv.detach()) if not self.online else 0.0
+        actor_loss = self.policy_loss(batch, adv.detach()) if not self.online else 0.0  # PEX
         # They share no parameter: the gradient of their sum is that of each.
         self.optimizer.zero_grad(set_to_none=True)
         (value_loss + q_loss + actor_loss).backward()

@@ -16,7 +16,9 @@ def recorded(file, prefix):
 
 def test_three_updates_equal_corl():
     file = dict(np.load(DATA / "iql_three_updates.npz"))
-    config = iql.TrainConfig(env="hopper-medium-v2", device="cpu", hidden_dim=32, offline_iterations=1000, batch_size=64)
+    config = iql.TrainConfig(
+        env="hopper-medium-v2", device="cpu", hidden_dim=32, offline_iterations=1000, batch_size=64
+    )
     agent = iql.ImplicitQLearning(11, 3, config)
     nets = {"qf": agent.qf, "q_target": agent.q_target, "vf": agent.vf, "actor": agent.actor}
     for name, net in nets.items():

@@ -1,4 +1,4 @@
-"""IQL's and DARE-I's losses, Eqs. 2 to 4, 15, 16 and 35, row by row against plain formulas; rewards."""
+"""Losses of IQL and DARE-I, Eqs. 2 to 4, 15, 16 and 35, row by row; rewards and batches."""
 
 import math
 

@@ -1,9 +1,12 @@
 """PEX: who acts, what is learned from it, and what stays frozen."""
 
+import copy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from tiny_runs import assert_equal, assert_same_end, checkpoint, directory, interrupt, run
+from tiny_runs import ENV, assert_equal, assert_same_end, checkpoint, directory, interrupt, run
 
 import iql
 import pex
@@ -52,8 +55,7 @@ def test_expansion_freezes_the_offline_policy_and_starts_a_new_one():
             assert (value == 0).all()
         else:
             assert not torch.equal(value, before[key])
-    assert not any(p in agent.optimizer.state for p in agent.actor.parameters())
-    assert q_state == agent.optimizer.state[next(agent.qf.parameters())]["step"] == 3
+    assert q_state == 3 and not agent.optimizer.state
     for _ in range(3):
         agent.train(batch_of())
     for key, value in agent.offline_actor.state_dict().items():
@@ -67,8 +69,9 @@ def close(actions, action, tolerance=1e-5):
     return (actions - action).abs().amax(1) < tolerance
 
 
-def test_q_chooses_with_the_probabilities_of_a_softmax():
+def test_q_chooses_with_the_probabilities_of_a_softmax(monkeypatch):
     """Of 20,000 draws at one state; the new policy's action is nearly its mean here."""
+    monkeypatch.setattr(pex, "LOG_STD_MIN", -20.0)
     agent = agent_of(inv_temperature=7.0)
     agent.actor.log_std.data.fill_(-20.0)
     n, state = 20_000, states_of(1)
@@ -102,34 +105,70 @@ def test_evaluation_is_greedy_but_for_epsilon(epsilon):
     assert mean_share == pytest.approx(is_new * (1 - epsilon), abs=0.015)
 
 
-def test_policy_update_regresses_on_the_composed_actions():
+def recorded(file, prefix):
+    return {k[len(prefix) :]: torch.from_numpy(v) for k, v in file.items() if k.startswith(prefix)}
+
+
+def test_three_updates_equal_the_authors_code(monkeypatch):
+    """Given the actions that their policies composed."""
+    file = dict(np.load(Path(__file__).parents[1] / "data" / "pex_three_updates.npz"))
+    config = pex.TrainConfig(env=ENV, device="cpu", hidden_dim=16, batch_size=32)
+    agent = pex.ImplicitQLearning(11, 3, config)
+    agent.start_online()
+    nets = ("qf", "q_target", "vf", "actor", "offline_actor")
+    for name in nets:
+        getattr(agent, name).load_state_dict(recorded(file, f"init/{name}/"))
+    for i in range(3):
+        rows = recorded(file, f"batch{i}/")
+        composed = torch.from_numpy(file[f"composed{i}"])
+        monkeypatch.setattr(agent, "compose", lambda state, actions=composed: actions)
+        agent.train(pex.TensorBatch(*(rows[k] for k in pex.TensorBatch._fields)))
+    for name in nets:
+        for key, expected in recorded(file, f"after/{name}/").items():
+            found = getattr(agent, name).state_dict()[key]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            moved = (expected - recorded(file, f"init/{name}/")[key]).abs().max()
+            assert (moved > 1e-4) == (name != "offline_actor") or name == "q_target"
+
+
+def test_the_policy_learns_last_and_from_composed_actions():
+    """With the weights of V, Q and the target Q from after their step."""
     agent, batch = agent_of(), batch_of()
-    adv = torch.full((B,), 50.0)  # of the stored actions: must not matter
+    actor = copy.deepcopy(agent.actor)
     torch.manual_seed(3)
-    loss = agent.policy_loss(batch, adv)
+    loss = agent.train(batch)["actor_loss"]
+    updated, agent.actor = agent.actor, actor
     torch.manual_seed(3)
     actions = agent.compose(batch.observations)
-    own = agent.q_target(batch.observations, actions) - agent.vf(batch.observations)
-    weights = torch.exp(3.0 * own).clamp(max=100.0)
-    mean, log_std = agent.actor(batch.observations)
+    adv = agent.q_target(batch.observations, actions) - agent.vf(batch.observations)
+    weights = torch.exp(3.0 * adv).clamp(max=100.0).detach()
+    mean, log_std = actor(batch.observations)
     log_prob = torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(-1)
-    torch.testing.assert_close(loss, -(weights * log_prob).mean())
-    loss.backward()
-    others = [*agent.qf.parameters(), *agent.vf.parameters(), *agent.q_target.parameters()]
-    assert all(p.grad is None for p in others)
+    expected = -(weights * log_prob).mean()
+    torch.testing.assert_close(loss, expected.detach())
+    gradients = torch.autograd.grad(expected, list(actor.parameters()))
+    torch.testing.assert_close([p.grad for p in updated.parameters()], list(gradients))
 
 
 def test_weights_are_bounded():
-    agent, batch = agent_of(beta=1000.0), batch_of()
+    agent, batch = agent_of(beta=1000.0, vf_lr=0.0), batch_of()
     for p in agent.vf.parameters():
         p.data.zero_()
     agent.vf.v.net[-2].bias.data.fill_(-100.0)  # every advantage is large
+    actor = copy.deepcopy(agent.actor)
     torch.manual_seed(3)
-    loss = agent.policy_loss(batch, torch.zeros(B))
+    loss = agent.train(batch)["actor_loss"]
+    agent.actor = actor
     torch.manual_seed(3)
     actions = agent.compose(batch.observations)
-    expected = -100.0 * agent.actor.log_prob(batch.observations, actions).mean()
-    torch.testing.assert_close(loss, expected)
+    expected = -100.0 * actor.log_prob(batch.observations, actions).mean()
+    torch.testing.assert_close(loss, expected.detach())
+
+
+def test_drawn_actions_are_not_clamped():
+    agent = agent_of()
+    agent.actor.log_std.data.fill_(2.0)
+    assert np.abs(agent.act(states_of(200).numpy())).max() > 1
 
 
 def test_offline_pex_is_iql():
@@ -159,7 +198,6 @@ def test_actions_and_state_survive_a_checkpoint():
             torch.manual_seed(4)
             actions.append(one.act(observations, deterministic))
         np.testing.assert_array_equal(*actions)
-        assert np.abs(actions[0]).max() <= 1
 
 
 # --- Runs ---

@@ -36,10 +36,10 @@ def test_a_finished_run_is_not_started_again(group, finished):
 
 
 def test_other_settings_are_refused(group, stopped):
-    message = refused(group, stopped, tau=0.01, utd=2, batch_size=16)
+    message = refused(group, stopped, discount=0.9, utd=2, batch_size=16)
     assert message.startswith(f"error: {stopped} is of another ")
     named = message.split("of another ")[1].split(":")[0]
-    assert named.split(", ") == ["utd", "batch_size", "tau"]  # in the order of TrainConfig
+    assert named.split(", ") == ["utd", "batch_size", "discount"]  # in the order of TrainConfig
     assert message.endswith(": take another --name")
 
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,8 +61,7 @@ def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(
     """While it trains offline and online, and while it writes a checkpoint."""
     names = {"script": group.dare.__name__, "agent": AGENTS[group.dare]}
     names["algorithms"] = str(Path(group.dare.__file__).parent)
-    names["settings"] = vars(config_of(group.dare, tmp_path)) | {}
-    del names["settings"]["n_offline"]
+    names["settings"] = asdict(config_of(group.dare, tmp_path))
     deaths = [(130, None, ""), (None, 150, "offline step 100"), (330, None, "online step 100")]
     for updates, saved_step, resumed in deaths:
         code = DYING_RUN.format(updates=updates, saved_step=saved_step, **names)

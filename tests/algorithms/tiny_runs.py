@@ -11,6 +11,8 @@ import pyrallis
 import pytest
 import torch
 
+import cal_ql
+import dare_cql
 import dare_iql
 import iql
 import pex
@@ -27,9 +29,16 @@ DARE = dict(
     behavior_iterations=50, behavior_batch_size=32, behavior_width=8, energy_hidden=8,
     energy_iterations=20, energy_batch_size=16, n_support=2, n_support_states=50, diffusion_steps=2,
 )  # fmt: skip
-SETTINGS = {iql: {}, dare_iql: DARE, pex: {}}  # a tiny run's own of every script
+# The Lagrange multiplier and the max-target backup are AntMaze's, the rewards nearly so.
+CQL = dict(
+    cql_n_actions=4, cql_lagrange=True, cql_max_target_backup=True, reward_scale=10.0,
+    reward_bias=-5.0,
+)  # fmt: skip
+# A tiny run's own settings of every script
+SETTINGS = {iql: {}, dare_iql: DARE, pex: {}, cal_ql: CQL, dare_cql: CQL | DARE}
 SCRIPTS = pytest.mark.parametrize("script", list(SETTINGS), ids=lambda script: script.__name__)
-AGENTS = {iql: "ImplicitQLearning", dare_iql: "ImplicitQLearning", pex: "ImplicitQLearning"}
+AGENTS = {script: "ImplicitQLearning" for script in (iql, dare_iql, pex)}
+AGENTS |= {script: "CalQL" for script in (cal_ql, dare_cql)}
 
 
 class Group(NamedTuple):
@@ -37,13 +46,10 @@ class Group(NamedTuple):
 
     baseline: ModuleType
     dare: ModuleType
-    networks: list  # the agent's parts with weights
     columns: list  # of train.csv: losses and means that vary
     learning_rates: list  # online
-    settings: dict  # two settings other than the tiny run's, in the order of TrainConfig
     online_loss: str  # another than the default
-    edit: tuple  # a line of the baseline, one that makes a loss 0, and the loss
-    edited_network: str  # what the loss trains
+    edit: tuple  # a line of the baseline, one that makes a loss 0, that loss, what it trains
 
     @property
     def agent(self):
@@ -55,17 +61,28 @@ GROUPS = [
     Group(
         iql,
         dare_iql,
-        ["qf", "vf", "actor", "q_target"],
         ["value_loss", "q_loss", "actor_loss", "q", "v", "advantage"],
         [3e-4] * 3,
-        {"beta": 5.0, "sac_alpha": 0.1},
         "expectile",
         (
             "return (torch.abs(tau - (u < 0).float()) * u**2).mean()",
             "return 0.0 * u.mean()",
             "value_loss",
+            "vf",
         ),
-        "vf",
+    ),
+    Group(
+        cal_ql,
+        dare_cql,
+        ["policy_loss", "log_pi", "alpha", "alpha_prime", "q_loss", "regularizer", "q"],
+        [3e-4, 1e-4],
+        "none",
+        (
+            'return (self.factors["log_alpha"].exp().detach() * log_pi - q).mean(), log_pi',
+            "return 0.0 * log_pi.mean(), log_pi",
+            "policy_loss",
+            "actor",
+        ),
     ),
 ]
 

@@ -152,9 +152,8 @@ def test_the_caller_draws_as_if_the_cached_parts_were_not_made(tmp_path, data):
     after = []
     for runs_dir in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):  # made, found, made
         torch.manual_seed(3)
-        cached_support(
-            config_of(runs_dir), *data, cached_behavior(config_of(runs_dir), *data, same)
-        )
+        config = config_of(runs_dir)
+        cached_support(config, *data, cached_behavior(config, *data, same))
         after.append(torch.get_rng_state())
     torch.manual_seed(3)
     assert all(torch.equal(state, torch.get_rng_state()) for state in after)
