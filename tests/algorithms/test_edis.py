@@ -21,13 +21,16 @@ NAMES = [script.__name__ for script in SCRIPTS]
 EACH = pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
 DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
 ENV = "hopper-medium-v2"
-BASELINE = f"""--env {ENV} --data {DATA} --wandb disabled --device cpu --hidden_dim 16
-    --batch_size 32 --offline_iterations 20 --offline_eval_freq 20 --online_iterations 130
-    --initial_collection_steps 60 --n_episodes 2 --eval_freq 100 --log_freq 25
-    --checkpoint_freq 50""".split()
-SHORT = """--edis_start 70 --edis_freq 30 --model_width 8 --model_depth 2 --model_iterations 20
-    --model_batch_size 16 --energy_hidden 8 --energy_iterations 10 --energy_batch_size 16
-    --n_negatives 2 --n_unguided 20 --n_generated 40 --n_denoising_steps 3""".split()
+BASELINE = dict(
+    env=ENV, data=str(DATA), wandb="disabled", device="cpu", hidden_dim=16, batch_size=32,
+    offline_iterations=20, offline_eval_freq=1_000, online_iterations=130, n_episodes=1,
+    initial_collection_steps=60, eval_freq=1_000, log_freq=25, checkpoint_freq=50,
+)  # fmt: skip
+SHORT = dict(
+    edis_start=70, edis_freq=30, model_width=8, model_depth=2, model_iterations=20,
+    model_batch_size=16, energy_hidden=8, energy_iterations=10, energy_batch_size=16,
+    n_negatives=2, n_unguided=20, n_generated=40, n_denoising_steps=3,
+)  # fmt: skip
 TINY = dict(model_width=8, model_depth=1, model_iterations=5, energy_hidden=8, energy_iterations=5)
 TINY |= dict(n_unguided=20, n_generated=10, n_denoising_steps=2)
 N_OFFLINE, N_ONLINE = 20_000, 4_000
@@ -372,11 +375,12 @@ def test_a_scale_multiplies_the_gradient(trained):
 # --- Runs ---
 
 
-def run(runs_dir, script, *more):
+def run(runs_dir, script, **more):
     """Directory of a tiny run; `more` overrides."""
-    of_edis = SHORT if script in SCRIPTS else []
-    of_cql = ["--cql_n_actions", "2"] if script in (cal_ql, edis_cql) else []
-    script.main([*BASELINE, *of_edis, *of_cql, "--runs_dir", str(runs_dir), *more])
+    settings = BASELINE | (SHORT if script in SCRIPTS else {})
+    if script in (cal_ql, edis_cql):
+        settings |= dict(cql_n_actions=2, q_n_hidden_layers=1)
+    script.train(script.TrainConfig(**settings | {"runs_dir": str(runs_dir)} | more))
     return Path(runs_dir, script.__name__, ENV, "seed_0")
 
 
@@ -403,17 +407,21 @@ def assert_equal(found, expected, where="checkpoint"):
 @pytest.mark.parametrize("baseline, script", [(iql, edis_iql), (cal_ql, edis_cql)], ids=NAMES)
 def test_without_a_training_the_run_is_its_baseline(tmp_path, baseline, script):
     expected = checkpoint(run(tmp_path, baseline))
-    more = ["--edis_start", "1000", *(["--generated_updates", "0"] * (script is edis_iql))]
-    found = checkpoint(run(tmp_path, script, *more))
+    found = checkpoint(run(tmp_path, script, edis_start=1_000, **always_generated(script)))
     for key in ("trainer", "rng", "online_buffer"):
         assert_equal(found[key], expected[key])
+
+
+def always_generated(script):
+    """Settings for generated rows in all updates after the first training, EDIS-C's only way."""
+    return {"generated_updates": 0} if script is edis_iql else {}
 
 
 def agent_of(script):
     return script.ImplicitQLearning if script is edis_iql else script.CalQL
 
 
-def online_batches(monkeypatch, runs_dir, script, *more):
+def online_batches(monkeypatch, runs_dir, script, **more):
     """States [32, 11] and last columns [32] of every online batch, and the run's rows by source."""
     train, batches, made = agent_of(script).train, [], []
 
@@ -432,7 +440,7 @@ def online_batches(monkeypatch, runs_dir, script, *more):
     with monkeypatch.context() as patch:
         patch.setattr(agent_of(script), "train", watched)
         patch.setattr(script.EDIS, "fit", watched_fit)
-        path = run(runs_dir, script, *more)
+        path = run(runs_dir, script, **more)
     data = d4rl.qlearning_dataset(ENV, data=str(DATA))["observations"]
     online = checkpoint(path)["online_buffer"]["rows"][:, :11]
     sources = {"data": torch.from_numpy(data), "online": online}
@@ -477,8 +485,8 @@ def test_by_default_20_updates_at_each_training_draw_generated_rows(monkeypatch,
 
 def test_every_real_row_is_drawn(monkeypatch, tmp_path):
     """Of data and online rows, in both halves of the batch, the first and the last row too."""
-    more = "--batch_size 512 --initial_collection_steps 100 --edis_start 1000".split()
-    batches, sources = online_batches(monkeypatch, tmp_path, edis_iql, *more)
+    more = dict(batch_size=512, initial_collection_steps=100, edis_start=1_000)
+    batches, sources = online_batches(monkeypatch, tmp_path, edis_iql, **more)
     assert len(batches) == 30
     for half in (slice(256), slice(256, 512)):
         drawn = {x.numpy().tobytes() for states, _ in batches for x in states[half]}
@@ -488,8 +496,7 @@ def test_every_real_row_is_drawn(monkeypatch, tmp_path):
 @EACH
 def test_generated_rows_in_all_updates_from_a_step_on(monkeypatch, tmp_path, script):
     """The offline half is of the data until the first training, then of the last model's rows."""
-    more = ["--generated_updates", "0"] * (script is edis_iql)  # EDIS-C's way
-    batches, sources = online_batches(monkeypatch, tmp_path, script, *more)
+    batches, sources = online_batches(monkeypatch, tmp_path, script, **always_generated(script))
     assert len(batches) == 70
     for number, (states, last_column) in enumerate(batches):
         source = "data" if number < 10 else "made 0" if number < 40 else "made 1"
@@ -504,8 +511,8 @@ def test_generated_rows_in_all_updates_from_a_step_on(monkeypatch, tmp_path, scr
 @EACH
 def test_the_first_training_is_at_the_first_update_at_the_earliest(monkeypatch, tmp_path, script):
     assert edis_cql.TrainConfig(env=ENV, device="cpu").edis_start == 0  # EDIS-C's default
-    more = ["--generated_updates", "0"] * (script is edis_iql)
-    batches, sources = online_batches(monkeypatch, tmp_path, script, "--edis_start", "0", *more)
+    more = {"edis_start": 0, **always_generated(script)}
+    batches, sources = online_batches(monkeypatch, tmp_path, script, **more)
     assert len(batches) == 70 and {"made 0", "made 1", "made 2"} < set(sources)
     for number, (states, _) in enumerate(batches):
         assert counts(states[:16], sources, f"made {number // 30}") == [16]
@@ -546,7 +553,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
             raise KeyboardInterrupt
         return function(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="interrupted; "):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(patched, name, interrupted)
         run(tmp_path, script)
     state = checkpoint(Path(tmp_path, script.__name__, ENV, "seed_0"))
@@ -556,13 +563,12 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
         assert_equal(found[key], expected[key])
 
 
-@EACH
 @pytest.mark.parametrize(
-    "settings, named", [("--model_lr 1e9", "model_loss"), ("--energy_lr 1e9", "state_loss")]
+    "settings, named", [({"model_lr": 1e9}, "model_loss"), ({"energy_lr": 1e9}, "state_loss")]
 )
-def test_a_training_that_breaks_ends_the_run(tmp_path, script, settings, named):
-    with pytest.raises(SystemExit) as stop:
-        run(tmp_path, script, *settings.split())
-    assert stop.value.code == f"error: {named} is not finite in a training of EDIS's model"
-    state = checkpoint(Path(tmp_path, script.__name__, ENV, "seed_0"))
+def test_a_training_that_breaks_ends_the_run(tmp_path, settings, named):
+    message = f"{named} is not finite in a training of EDIS's model"
+    with pytest.raises(FloatingPointError, match=message):
+        run(tmp_path, edis_iql, **settings)
+    state = checkpoint(Path(tmp_path, "edis_iql", ENV, "seed_0"))
     assert state["step"] == 50 and len(state["generated"]["rows"]) == 0
