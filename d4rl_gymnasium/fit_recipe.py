@@ -60,7 +60,7 @@ def on_simplex(weights):
     return np.maximum(weights - excess[falling > excess][-1], 0)
 
 
-def fitted(moments, targets, evenness=EVENNESS, steps=50_000):
+def fitted(moments, targets, evenness=EVENNESS, steps=10_000):
     """Shares of the episodes, (n,): least squares of the moments' relative errors.
 
     Args:

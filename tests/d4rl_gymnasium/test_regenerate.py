@@ -222,7 +222,9 @@ def test_a_task_without_policies_names_those_with(policies, env_id):
 
 def test_size_0_is_that_of_d4rls_file(policies, monkeypatch):
     monkeypatch.setitem(d4rl_files.FILES[REPLAY], "transitions", [90, "here"])
-    assert d4rl.dataset_path(REPLAY, "regenerated", 0) == d4rl.dataset_path(REPLAY, "regenerated", 90)
+    assert d4rl.dataset_path(REPLAY, "regenerated", 0) == d4rl.dataset_path(
+        REPLAY, "regenerated", 90
+    )
     assert len(d4rl.get_dataset(REPLAY, "regenerated", 0)["rewards"]) == 90
 
 
