@@ -30,7 +30,7 @@ def get_dataset(env_or_id, data="d4rl", regenerated_size=200_000):
             D4RL's recipe, then cached), `"minari:ID"` (a data set of Minari: from then on the task
             has the data set's environment and reference scores, see `minari_io`, until other data
             of it is asked for), or the path of an HDF5 file in D4RL's format.
-        regenerated_size: number of transitions of regenerated data.
+        regenerated_size: number of transitions of regenerated data; 0: as many as D4RL's file has.
 
     Returns:
         dict of arrays with one row per step: observations (N, dim) and actions (N, dim), rewards,

@@ -95,7 +95,10 @@ def regenerate(env_id, size, path, seed=0, processes=None):
             print(f"data: regenerated {env_id} from the cache, {path}", flush=True)
             return
         print(f"data: regenerating {size:,} transitions of {env_id} at {path}", flush=True)
-        chunks = _plan(policies, size)
+        # A halfcheetah can't fall, so all its episodes are of one length: none need be cut.
+        known = task(env_id)
+        whole = known.max_episode_steps if known.robot == "halfcheetah" else 1
+        chunks = _plan(policies, size, whole)
         prefix = f"{path.stem}-chunks-"
         for left_by_killed_run in path.parent.glob(f"{prefix}*"):
             shutil.rmtree(left_by_killed_run, ignore_errors=True)  # its workers may still write
@@ -130,8 +133,10 @@ def _policies(env_id):
     if variant == "random":
         return [(None, 1.0)]
     if variant == "medium-expert":
-        halves = [_policies(f"{robot}-{half}-v2") for half in ("medium", "expert")]
-        return [(policy, share / 2) for half in halves for policy, share in half] * all(halves)
+        medium, expert = (_policies(f"{robot}-{half}-v2") for half in ("medium", "expert"))
+        if not (medium and expert):
+            return []
+        return [(policy, share / 2) for policy, share in medium + expert]
     path = POLICIES / "recipe.json"
     recipe = json.loads(path.read_text()) if path.exists() else {}
     name = "antmaze" if robot == "antmaze" else name
@@ -163,11 +168,14 @@ def _digest(policies, seed):
     return digest.hexdigest()[:8]
 
 
-def _plan(policies, size):
-    """Split `size` rows into a share for each policy and these into chunks, in the file's order."""
+def _plan(policies, size, whole=1):
+    """Split `size` rows into a share for each policy, rounded to a multiple of `whole` rows, and
+    these into chunks, in the file's order.
+    """
     chunks = []
     shares = np.cumsum([0.0, *(share for _, share in policies)])
-    bounds = (size * shares / shares[-1]).round().astype(int).tolist()
+    bounds = whole * (size * shares / shares[-1] / whole).round().astype(int)
+    bounds = [*np.minimum(bounds[:-1], size).tolist(), size]
     for part, (policy, _) in enumerate(policies):
         for number, start in enumerate(range(bounds[part], bounds[part + 1], CHUNK_ROWS)):
             rows = min(CHUNK_ROWS, bounds[part + 1] - start)

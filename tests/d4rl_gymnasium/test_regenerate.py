@@ -198,6 +198,16 @@ def test_medium_expert_is_half_and_half(policies):
     ]  # fmt: skip
 
 
+def test_shares_of_whole_episodes():
+    shares = [(None, 0.24), (None, 0.5), (None, 0.26)]
+    for size, rows in (10_000, [2000, 5000, 3000]), (700, [0, 700, 0]):
+        chunks = module._plan(shares, size, whole=1000)
+        totals = [0, 0, 0]
+        for chunk in chunks:
+            totals[chunk["spawn_key"][0]] += chunk["rows"]
+        assert totals == rows
+
+
 def test_random_is_uniform_and_episodes_end_at_the_limit(policies):
     data = d4rl.get_dataset("halfcheetah-random-v2", "regenerated", 1200)
     np.testing.assert_array_equal(np.flatnonzero(data["timeouts"]), [999, 1199])
