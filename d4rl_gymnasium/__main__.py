@@ -51,7 +51,9 @@ def _add_data(parser, **several):
     parser.add_argument(
         "--data", default="d4rl", help="d4rl, regenerated, minari:ID or an HDF5 file"
     )
-    parser.add_argument("--regenerated_size", type=int, default=200_000, help="transitions to make")
+    parser.add_argument(
+        "--regenerated_size", type=int, default=200_000, help="transitions to make (0: D4RL's size)"
+    )
 
 
 def main(args=None):

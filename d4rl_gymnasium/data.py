@@ -32,7 +32,7 @@ def get_dataset(env_or_id, data="d4rl", regenerated_size=200_000, *, keys=None):
             D4RL's recipe, then cached), `"minari:ID"` (a data set of Minari: from then on the task
             has the data set's environment and reference scores, see `minari_io`, until other data
             of it is asked for), or the path of an HDF5 file in D4RL's format.
-        regenerated_size: number of transitions of regenerated data.
+        regenerated_size: number of transitions of regenerated data; 0: as many as D4RL's file has.
         keys: names of the arrays to read of a file, where it has them; None reads all.
 
     Returns:

@@ -1,11 +1,14 @@
 """Data made on this machine by D4RL's recipe, with policies that ship with the package.
 
 D4RL drew its locomotion data from soft actor-critic runs: random = uniform actions, medium = a
-policy of about a third of the expert's score, expert = a finished one, medium-expert = half of
-each, medium-replay = what the training had seen up to medium, full-replay = all that it had seen.
-Its AntMaze data come from a goal-reaching ant that is led through the maze (see `waypoints.py`).
-The policies here are of the same kind but not the same, and snapshots along the training stand in
-for the replay buffer: it is *like* D4RL's data, not it.
+policy of part of the expert's score, expert = a finished one, medium-expert = half of each,
+medium-replay = what the training had seen up to medium, full-replay = all that it had seen. Its
+AntMaze data come from a goal-reaching ant that is led through the maze (see `waypoints.py`). The
+policies here are of the same kind but not the same. Snapshots along the training, in its order,
+stand in for the replay buffer, and where no one snapshot has the returns of D4RL's medium policy,
+several share its part. `policies/recipe.json` lists the policies of each task and their shares of
+the rows, which `fit_recipe.py` fits to what is known of D4RL's files (`assets/d4rl.json`). It is
+*like* D4RL's data, not it.
 """
 
 import contextlib
@@ -26,13 +29,14 @@ import numpy as np
 from tqdm import tqdm
 
 from d4rl_gymnasium.behavior import BehaviorPolicy
+from d4rl_gymnasium.d4rl_files import known_of
 from d4rl_gymnasium.download import DatasetError, exclusive, writing
 from d4rl_gymnasium.tasks import TASKS, task
-from d4rl_gymnasium.waypoints import GuidedAnt
+from d4rl_gymnasium.waypoints import GuidedAnt, episode_steps
 
 POLICIES = Path(__file__).parent / "policies"
 # To be raised with any change here, in the environments or in behavior.py that changes the data.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 # A unit of work with its own random numbers, so that the data don't depend on who does which.
 CHUNK_ROWS = 10_000
 
@@ -45,30 +49,38 @@ def regenerated_tasks():
 def regenerated_path(env_id, size, folder, seed=0):
     """The cache file of a task's regenerated data; other policies or recipes have other names.
 
+    `size` is the number of transitions, 0 for as many as D4RL's file has.
+
     Raises:
         ValueError: unknown task id.
         DatasetError: no policies for this task, or an impossible size.
     """
     digest = _digest(_policies_or_error(env_id), seed)
-    if not isinstance(size, (int, np.integer)) or size < 1:
-        raise DatasetError(f"cannot regenerate {size} transitions: give a whole number above 0")
-    return Path(folder) / f"{env_id}-regenerated-{size}-{digest}.hdf5"
+    return Path(folder) / f"{env_id}-regenerated-{_rows(env_id, size)}-{digest}.hdf5"
+
+
+def _rows(env_id, size):
+    if not isinstance(size, (int, np.integer)) or size < 0:
+        raise DatasetError(
+            f"cannot regenerate {size} transitions: give a whole number above 0, or 0 for as many "
+            "as D4RL's file has"
+        )
+    return int(size) or known_of(env_id)["transitions"]
 
 
 def regenerate(env_id, size, path, seed=0, processes=None):
     """Make `size` transitions of a task at `path`, in D4RL's format, unless the file is there.
 
     Episodes end by a terminal or by a time-out at the task's limit; the last episode of each
-    policy's share is cut to fit and marked as timed out. On AntMaze the ant goes on where it has
-    reached the goal: every step at the goal is rewarded and terminal, and only the time-out ends
-    the episode; D4RL's files have far fewer such rows. There infos/goal is where the ant was led,
-    and infos/rewarded_goal, which D4RL's files lack, the place that the rewards are for. The file's
-    attributes mark it as regenerated and say how. A seed gives the same arrays with any number of
-    processes.
+    policy's share is cut to fit and marked as timed out. On AntMaze every step within reach of the
+    rewarded place is rewarded and terminal, and only the time-out ends the episode. There
+    infos/goal is where the ant was led, and infos/rewarded_goal, which D4RL's files lack, the place
+    that the rewards are for. The file's attributes mark it as regenerated and say how. A seed gives
+    the same arrays with any number of processes.
 
     Args:
         env_id: task id, one of `regenerated_tasks()`.
-        size: number of transitions.
+        size: number of transitions; 0 for as many as D4RL's file has.
         path: the file, from `regenerated_path`.
         seed: of environments and action noise.
         processes: workers; by default one for each processor.
@@ -76,14 +88,17 @@ def regenerate(env_id, size, path, seed=0, processes=None):
     Raises:
         DatasetError: no policies for this task, a worker failed, or the disk can't be written.
     """
-    policies = _policies_or_error(env_id)
+    policies, size = _policies_or_error(env_id), _rows(env_id, size)
     path = Path(path)
     with contextlib.nullcontext() if path.exists() else exclusive(path):
         if path.exists():  # finished; its folder may be one where no lock can be made
             print(f"data: regenerated {env_id} from the cache, {path}", flush=True)
             return
         print(f"data: regenerating {size:,} transitions of {env_id} at {path}", flush=True)
-        chunks = _plan(policies, size)
+        # A halfcheetah can't fall, so all its episodes are of one length: none need be cut.
+        known = task(env_id)
+        whole = known.max_episode_steps if known.robot == "halfcheetah" else 1
+        chunks = _plan(policies, size, whole)
         prefix = f"{path.stem}-chunks-"
         for left_by_killed_run in path.parent.glob(f"{prefix}*"):
             shutil.rmtree(left_by_killed_run, ignore_errors=True)  # its workers may still write
@@ -101,35 +116,34 @@ def regenerate(env_id, size, path, seed=0, processes=None):
             "seed": seed,
             "recipe_version": RECIPE_VERSION,
             "mujoco_version": mujoco.__version__,
-            "policies": [_label(policy) for policy in policies],
+            "policies": [_label(policy) for policy, _ in policies],
+            "shares": [share for _, share in policies],
             "digest": _digest(policies, seed),
         }
         _write(path, arrays, attributes)
 
 
 def _policies(env_id):
-    """The policy file of each equal share of a task's data, in order; None means uniform actions.
+    """The policy files of a task and their shares of its rows, in order; None: uniform actions.
 
     Empty where files are missing.
     """
     if not TASKS[env_id].dataset_url:
         return []  # none of D4RL's tasks
-    if TASKS[env_id].family == "antmaze":
-        policy = POLICIES / "ant-goal.npz"
-        return [policy] if policy.exists() else []
-    robot, variant = env_id.removesuffix("-v2").split("-", 1)
+    name = env_id.removesuffix("-v2")
+    robot, variant = name.split("-", 1)
     if variant == "random":
-        return [None]
-    if variant in ("medium-replay", "full-replay"):
-        found = POLICIES.glob(f"{robot}-{variant.removeprefix('medium-')}-*.npz")
-        return sorted(found, key=lambda policy: int(policy.stem.rsplit("-", 1)[1]))
-    names = {
-        "medium": ("medium",),
-        "expert": ("expert",),
-        "medium-expert": ("medium", "expert"),
-    }
-    policies = [POLICIES / f"{robot}-{name}.npz" for name in names.get(variant, ())]
-    return policies if all(policy.exists() for policy in policies) else []
+        return [(None, 1.0)]
+    if variant == "medium-expert":
+        medium, expert = (_policies(f"{robot}-{half}-v2") for half in ("medium", "expert"))
+        if not (medium and expert):
+            return []
+        return [(policy, share / 2) for policy, share in medium + expert]
+    path = POLICIES / "recipe.json"
+    recipe = json.loads(path.read_text()) if path.exists() else {}
+    name = "antmaze" if robot == "antmaze" else name
+    policies = [(POLICIES / f"{policy}.npz", x) for policy, x in recipe.get(name, {}).items()]
+    return policies if all(policy.exists() for policy, _ in policies) else []
 
 
 def _policies_or_error(env_id):
@@ -150,21 +164,25 @@ def _digest(policies, seed):
     """Eight hex digits of everything but task and size that the data depend on."""
     recipe = (RECIPE_VERSION, CHUNK_ROWS, seed, mujoco.__version__)
     digest = hashlib.sha256(repr(recipe).encode())
-    for policy in policies:
-        digest.update(_label(policy).encode())
+    for policy, share in policies:
+        digest.update(f"{_label(policy)} {share}".encode())
         digest.update(policy.read_bytes() if policy else b"")
     return digest.hexdigest()[:8]
 
 
-def _plan(policies, size):
-    """Split `size` rows into a share for each policy and these into chunks, in the file's order."""
+def _plan(policies, size, whole=1):
+    """Split `size` rows into a share for each policy, rounded to a multiple of `whole` rows, and
+    these into chunks, in the file's order.
+    """
     chunks = []
-    bounds = [size * i // len(policies) for i in range(len(policies) + 1)]
-    for share, policy in enumerate(policies):
-        for number, start in enumerate(range(bounds[share], bounds[share + 1], CHUNK_ROWS)):
-            rows = min(CHUNK_ROWS, bounds[share + 1] - start)
+    shares = np.cumsum([0.0, *(share for _, share in policies)])
+    bounds = whole * (size * shares / shares[-1] / whole).round().astype(int)
+    bounds = [*np.minimum(bounds[:-1], size).tolist(), size]
+    for part, (policy, _) in enumerate(policies):
+        for number, start in enumerate(range(bounds[part], bounds[part + 1], CHUNK_ROWS)):
+            rows = min(CHUNK_ROWS, bounds[part + 1] - start)
             chunks.append(
-                {"policy": policy and str(policy), "rows": rows, "spawn_key": [share, number]}
+                {"policy": policy and str(policy), "rows": rows, "spawn_key": [part, number]}
             )
     return chunks
 
@@ -244,7 +262,8 @@ def _collect(env_id, seed, policy, rows, spawn_key):
     env = gymnasium.make(env_id).unwrapped
     env.reset(seed=int(rng.integers(2**31)))  # seeds the resets below
     actor = _actor(env, env_id, policy, rng)
-    limit = task(env_id).max_episode_steps
+    in_maze = task(env_id).family == "antmaze"
+    limit = episode_steps(env_id) if in_maze else task(env_id).max_episode_steps
     arrays = _empty(env, rows + limit, actor.info_widths)
     row = 0
     while row < rows:

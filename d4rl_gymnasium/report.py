@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 
 from d4rl_gymnasium.antmaze import MAZES, cell_center, cells
+from d4rl_gymnasium.d4rl_files import known_of
 from d4rl_gymnasium.data import STEP_KEYS, DatasetError, get_dataset
 from d4rl_gymnasium.tasks import get_normalized_score, task
 
@@ -47,8 +48,9 @@ def describe(env_id, data="d4rl", regenerated_size=200_000):
 
     Returns:
         dict of numbers: transitions, episodes, terminals, timeouts, length, return and score (each
-        with its quantiles and its mean over episodes), success_rate and visited cells (AntMaze),
-        action_saturation (share of action components at the bounds); and the dataset.
+        with its quantiles, mean and standard deviation over episodes), action_saturation (share of
+        action components at the bounds), and of AntMaze success_rate, rewarded (share of rows) and
+        visited_cells; and the dataset.
 
     Raises:
         ValueError, DatasetError: as in `get_dataset`.
@@ -72,13 +74,14 @@ def describe(env_id, data="d4rl", regenerated_size=200_000):
     if in_maze:
         visited, free = visited_cells(env_id, dataset)
         found["success_rate"] = float((returns > 0).mean())
+        found["rewarded"] = float((dataset["rewards"] > 0).mean())
         found["visited_cells"] = f"{len(visited)} of {len(free)}"
     return found, dataset
 
 
 def _summary(values):
     quantiles = {f"{q}%": float(np.percentile(values, q)) for q in QUANTILES}
-    return {**quantiles, "mean": float(np.mean(values))}
+    return {**quantiles, "mean": float(np.mean(values)), "std": float(np.std(values))}
 
 
 def visited_cells(env_id, dataset):
@@ -92,18 +95,42 @@ def visited_cells(env_id, dataset):
     return found & free, free
 
 
+def d4rls(env_id):
+    """The figures known of D4RL's own file of a task, by the names of `row`; with those of scores.
+
+    Scores follow from returns, except on AntMaze, where none are known.
+    """
+    known = known_of(env_id)
+    returns = {name: value for name, value in known.items() if name.startswith("return ")}
+    scores = {
+        name.replace("return", "score"): 100 * float(get_normalized_score(env_id, value))
+        for name, value in returns.items()
+    }
+    if "score std" in scores:  # a difference: the zero of the scale does not matter
+        scores["score std"] -= 100 * float(get_normalized_score(env_id, 0.0))
+    return known | scores
+
+
 def text(env_id, found):
-    """The numbers of `describe` as lines."""
-    lines = [f"{env_id}: {found['transitions']:,} transitions in {found['episodes']:,} episodes"]
+    """The numbers of `describe` as lines, those known of D4RL's own file below them."""
+    known = d4rls(env_id)
+    lines = [f"{env_id}: {found['transitions']:,} transitions in {found['episodes']:,} episodes "
+             f"(D4RL's file: {known['transitions']:,} in {known['episodes']:,})"]  # fmt: skip
     lines += [f"terminals {found['terminals']:,}, timeouts {found['timeouts']}"]
     header = "".join(f"{name:>10}" for name in found["return"])
     lines += [f"{'per episode':12}{header}"]
     for name in ("length", "return", "score"):
         values = "".join(f"{value:10.1f}" for value in found[name].values())
         lines.append(f"{name:12}{values}")
+        theirs = [known.get(f"{name} {quantile}") for quantile in found[name]]
+        if theirs != [None] * len(theirs):
+            values = "".join(" " * 10 if x is None else f"{x:10.1f}" for x in theirs)
+            lines.append(f"{'  D4RL':12}{values}".rstrip())
     if "success_rate" in found:
         lines.append(f"success rate {found['success_rate']:.3f}, "
                      f"free cells visited {found['visited_cells']}")  # fmt: skip
+        lines.append(f"rewarded rows {100 * found['rewarded']:.3f}%, "
+                     f"in D4RL's file about {100 * known['rewarded']:.3f}%")  # fmt: skip
     lines.append(f"action components at the bounds: {100 * found['action_saturation']:.1f}%")
     return "\n".join(lines)
 
@@ -115,7 +142,7 @@ def row(env_id, data, found):
         if isinstance(value, dict):
             flat |= {f"{name} {quantile}": f"{x:.1f}" for quantile, x in value.items()}
         else:
-            flat[name] = f"{value:.4f}" if isinstance(value, float) else value
+            flat[name] = f"{value:.5f}" if isinstance(value, float) else value
     return flat
 
 

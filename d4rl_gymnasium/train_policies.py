@@ -1,13 +1,15 @@
 """Trains the behavior policies that ship with the package (development only).
 
     pip install -e ".[policies]"
-    python -m d4rl_gymnasium.train_policies train --env hopper-medium-v2 --directory runs/sac
-    python -m d4rl_gymnasium.train_policies select --env hopper-medium-v2 --directory runs/sac
+    python -m d4rl_gymnasium.train_policies train --env hopper-expert-v2 --directory runs/sac
+    python -m d4rl_gymnasium.train_policies select --env hopper-expert-v2 --directory runs/sac
+    python -m d4rl_gymnasium.train_policies match --env hopper-medium-v2 --policy NAME
 
-`train` runs soft actor-critic (sbx) in D4RL's physics and keeps a snapshot of the actor and its
-returns every 10,000 steps; given again, it goes on where it was stopped. `select` picks from the
-snapshots the policies that D4RL's recipe asks for. The policy that collects AntMaze data is made
-in the same way with --env goal-reaching-ant-v0.
+`train` runs soft actor-critic or TQC (sbx) in D4RL's physics and keeps snapshots of the actor and
+their returns; given again, it goes on where it was stopped. `select` picks from the snapshots what
+the data of a task needs: expert and medium the one whose mean return is nearest that of D4RL's
+file, the replays a ladder of snapshots. `match` raises the noise of a shipped policy that is too
+good for a task. The policy that collects AntMaze data is made with --env goal-reaching-ant-v0.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import numpy as np
 from d4rl_gymnasium import goal_ant
 from d4rl_gymnasium.antmaze import GOAL_RADIUS
 from d4rl_gymnasium.behavior import BehaviorPolicy
+from d4rl_gymnasium.d4rl_files import known_of
 from d4rl_gymnasium.sac import Run
 from d4rl_gymnasium.tasks import TASKS, get_normalized_score, task
 from d4rl_gymnasium.waypoints import GuidedAnt
@@ -35,9 +38,8 @@ COLUMNS = [
 ]  # fmt: skip
 # Of a policy file, in bytes: it ships with the package.
 LARGEST_FILE = 200_000
-# A third of the expert's score, as D4RL's, lies well within these normalized scores.
-MEDIUM_SCORES = (25.0, 60.0)
-EXPERT_SCORE = 90.0
+# Of a selected policy's mean return, from that of D4RL's file.
+TOLERANCE = {"expert": 0.03, "medium": 0.05}
 # Where a goal-reaching ant is judged: the longest ways.
 JUDGED_IN = "antmaze-large-diverse-v2"
 
@@ -112,7 +114,8 @@ def train(args):
         if run.step == 0:
             snapshot(run, env, args.eval_episodes)
         while run.step < args.steps:
-            run.advance(min(args.eval_freq - run.step % args.eval_freq, args.steps - run.step))
+            freq = args.early_freq if run.step < args.early_steps else args.eval_freq
+            run.advance(min(freq - run.step % freq, args.steps - run.step))
             snapshot(run, env, args.eval_episodes)
             run.save()
     finally:
@@ -124,19 +127,23 @@ def load_snapshot(directory, row):
     return BehaviorPolicy.load(directory / f"snapshot-{int(row['step']):07d}.npz")
 
 
-def remeasure(env, directory, row):
+def remeasure(env, directory, row, episodes=50):
     """Loads a snapshot of the log and measures it afresh, without the luck of its selection."""
     policy = load_snapshot(directory, row)
-    noisy = episode_returns(policy, env, 50, 2 * EVALUATION_SEED, stochastic=True)
+    measure(env, policy, episodes)
+    return policy
+
+
+def measure(env, policy, episodes=50):
+    """Measures a policy by episodes with its noise and puts the numbers into its fields."""
+    noisy = episode_returns(policy, env, episodes, 2 * EVALUATION_SEED, stochastic=True)
     policy.return_mean, policy.return_std = noisy.mean(), noisy.std()
     policy.normalized_score = score(env.spec.id, noisy)
-    plain = episode_returns(policy, env, 20, 2 * EVALUATION_SEED, stochastic=False)
     print(
-        f"step {policy.env_steps}: with noise {policy.normalized_score:.1f}, "
-        f"without {score(env.spec.id, plain):.1f}",
+        f"step {policy.env_steps}: with noise {policy.return_mean:,.0f} ± {policy.return_std:,.0f} "
+        f"({policy.normalized_score:.1f})",
         flush=True,
     )
-    return policy
 
 
 def store(policy, name):
@@ -150,43 +157,61 @@ def store(policy, name):
     os.replace(partial, path)
 
 
-def store_ladder(env, directory, rows, name):
-    """Writes eight snapshots, spread evenly over the rows of a log, as NAME-0 to NAME-7."""
-    for number, index in enumerate(np.linspace(0, len(rows) - 1, 8).round().astype(int)):
-        store(remeasure(env, directory, rows[index]), f"{name}-{number}")
+def select_ladder(env, args, rows, name):
+    """Writes snapshots, spread evenly over the rows of a log, as NAME-0 and so on."""
+    indices = np.linspace(0, len(rows) - 1, args.ladder).round().astype(int)
+    for number, index in enumerate(indices):
+        policy = remeasure(env, Path(args.directory), rows[index], args.eval_episodes)
+        store(policy, f"{name}-{number}")
 
 
 def select(args):
-    """Writes the policies of a robot and the log of returns into `POLICIES`.
+    """Writes the policies of a task and the log of returns into `POLICIES`.
 
-    The data is gathered with the policy's noise, so it is the noisy policy that is judged: expert
-    is the best snapshot, medium the one before it whose score is nearest a third of the expert's
-    (as D4RL's), replay-0 to replay-7 are spread evenly from the random start to medium and
-    full-replay-0 to full-replay-7 from there to the end of the training.
+    The data is gathered with the policy's noise, so it is the noisy policy that is judged.
     """
     env, directory = gymnasium.make(args.env), Path(args.directory)
-    rows, robot = finished_log(directory), args.env.split("-")[0]
-    best = sorted(rows, key=lambda row: -float(row["stochastic_mean"]))[:3]
-    expert = max((remeasure(env, directory, row) for row in best), key=lambda p: p.return_mean)
-    goal = expert.normalized_score / 3
-    earlier = [row for row in rows if int(row["step"]) < expert.env_steps]
-    if not earlier:
-        raise ValueError(f"the best snapshot of {directory} is its first: train longer")
-    nearest = sorted(earlier, key=lambda row: abs(float(row["stochastic_normalized"]) - goal))[:3]
-    medium = min(
-        (remeasure(env, directory, row) for row in nearest),
-        key=lambda policy: abs(policy.normalized_score - goal),
-    )
-    if expert.normalized_score < EXPERT_SCORE:
-        print(f"the expert's score is below {EXPERT_SCORE:g}: train longer, or say so")
-    if not MEDIUM_SCORES[0] <= medium.normalized_score <= MEDIUM_SCORES[1]:
-        print(f"the score of medium is outside {MEDIUM_SCORES}: train longer, or say so")
-    store(expert, f"{robot}-expert")
-    store(medium, f"{robot}-medium")
-    until = [row for row in rows if int(row["step"]) <= medium.env_steps]
-    store_ladder(env, directory, until, f"{robot}-replay")
-    store_ladder(env, directory, rows, f"{robot}-full-replay")
-    shutil.copyfile(directory / "returns.csv", POLICIES / f"{robot}-returns.csv")
+    robot, variant = args.env.removesuffix("-v2").split("-", 1)
+    rows = finished_log(directory)
+    if args.until is not None:
+        rows = [row for row in rows if int(row["step"]) <= args.until]
+    if variant.endswith("-replay"):
+        select_ladder(env, args, rows, f"{robot}-{variant.removeprefix('medium-')}")
+    else:
+        goal = known_of(args.env)["return mean"]
+        rows = sorted(rows, key=lambda row: abs(float(row["stochastic_mean"]) - goal))[:3]
+        found = (remeasure(env, directory, row) for row in rows)
+        policy = min(found, key=lambda policy: abs(policy.return_mean - goal))
+        store_variant(policy, robot, variant, goal)
+    shutil.copyfile(directory / "returns.csv", POLICIES / f"{robot}-{variant}-returns.csv")
+
+
+def store_variant(policy, robot, variant, goal):
+    """Writes an expert or medium policy; says so where its return is too far from D4RL's."""
+    error = policy.return_mean / goal - 1
+    print(f"return {policy.return_mean:,.0f}, D4RL's file {goal:,.0f}: {100 * error:+.1f}%")
+    if abs(error) > TOLERANCE[variant]:
+        print(f"more than {100 * TOLERANCE[variant]:.0f}% off: train longer, or say so")
+    store(policy, f"{robot}-{variant}")
+
+
+def match(args):
+    """Writes a shipped policy anew with as much more noise as gives it the return of D4RL's file.
+
+    Bisects the logarithm of the factor of the noise before the tanh, between 0 and 2.
+    """
+    env, goal = gymnasium.make(args.env), known_of(args.env)["return mean"]
+    policy = BehaviorPolicy.load(POLICIES / f"{args.policy}.npz")
+    quiet, low, high = policy.weights["b_log_std"], 0.0, 2.0
+    for _ in range(7):
+        middle = (low + high) / 2
+        policy.weights["b_log_std"] = quiet + middle
+        noisy = episode_returns(policy, env, args.eval_episodes, EVALUATION_SEED, stochastic=True)
+        low, high = (middle, high) if noisy.mean() > goal else (low, middle)
+        print(f"noise times {np.exp(middle):.2f}: {noisy.mean():,.0f}", flush=True)
+    measure(env, policy)
+    robot, variant = args.env.removesuffix("-v2").split("-", 1)
+    store_variant(policy, robot, variant, goal)
 
 
 def maze_success(policy, episodes, seed=EVALUATION_SEED):
@@ -231,12 +256,17 @@ def select_ant(args):
 def parse(args=None):
     """The settings of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["train", "select"])
+    parser.add_argument("command", choices=["train", "select", "match"])
     parser.add_argument("--env", default="hopper-medium-v2", help="task id to train in, or "
                         f"{goal_ant.ENV_ID}")  # fmt: skip
-    parser.add_argument("--directory", required=True, help="folder for snapshots and the log")
+    parser.add_argument("--directory", help="folder for snapshots and the log")
+    parser.add_argument("--until", type=int, help="select from snapshots up to this step")
+    parser.add_argument("--ladder", type=int, default=8, help="snapshots that a replay is made of")
+    parser.add_argument("--policy", help="name of the shipped policy to match")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1_000_000, help="environment steps")
+    parser.add_argument("--algorithm", choices=["sac", "tqc"], default="tqc")
+    parser.add_argument("--drop", type=int, default=1, help="of TQC's 12 quantiles a critic")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--actor_lr", type=float, default=3e-4)
     parser.add_argument("--critic_lr", type=float, default=7e-4)
@@ -244,11 +274,21 @@ def parse(args=None):
     parser.add_argument("--actor_width", type=int, default=128, help="units of its two layers")
     parser.add_argument("--critic_width", type=int, default=256, help="units of its two layers")
     parser.add_argument("--learning_starts", type=int, default=5_000, help="uniform first steps")
+    parser.add_argument("--initial", nargs="*", default=[], help="policy files that collect the "
+                        "first steps, of the same width; the last one is trained on")  # fmt: skip
+    parser.add_argument("--actor_starts", type=int, default=0, help="steps before it may change")
+    parser.add_argument("--target_entropy", type=float, default=-1.0, help="of an action component")
+    parser.add_argument("--ent_coef", type=float, default=1.0, help="its first value")
     parser.add_argument("--eval_freq", type=int, default=10_000, help="steps between snapshots")
+    parser.add_argument("--early_steps", type=int, default=250_000, help="steps in which there are")
+    parser.add_argument("--early_freq", type=int, default=2_500, help="this many between them")
     parser.add_argument("--eval_episodes", type=int, default=10)
     args = parser.parse_args(args)
     if args.env != goal_ant.ENV_ID and (task(args.env).family == "antmaze"):
         raise ValueError(f"the policy for AntMaze is trained in {goal_ant.ENV_ID}")
+    needed = "policy" if args.command == "match" else "directory"
+    if getattr(args, needed) is None:
+        raise ValueError(f"{args.command} needs --{needed}")
     return args
 
 
@@ -257,7 +297,7 @@ def main(args=None):
     try:
         args = parse(args)
         choose = select_ant if args.env == goal_ant.ENV_ID else select
-        {"train": train, "select": choose}[args.command](args)
+        {"train": train, "select": choose, "match": match}[args.command](args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 

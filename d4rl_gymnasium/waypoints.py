@@ -2,21 +2,32 @@
 
 The layouts are the `collection` maps of `assets/mazes.json`. Where the ant starts and what it has
 to reach differs by task: umaze starts at the start cell and all others anywhere, play and umaze
-have marked goals and diverse has goals anywhere. An episode has the length of the task's limit, 700
-steps in umaze and 1,000 elsewhere, and goes on at the goal.
+have marked goals and diverse has goals anywhere. No goal ends an episode: D4RL's ant runs on at
+full speed past the goal and comes back to it, and so a place there is seldom occupied. Ours, which
+can stop, is led around in the goal's cell and the cells next to it instead.
 """
 
 from collections import deque
 
 import numpy as np
 
-from d4rl_gymnasium.antmaze import CELL_SIZE, MAZES, cell_center, cells, draw_goal, nearest_cell
+from d4rl_gymnasium.antmaze import (
+    CELL_SIZE,
+    GOAL_RADIUS,
+    MAZES,
+    cell_center,
+    cells,
+    draw_goal,
+    nearest_cell,
+)
 from d4rl_gymnasium.goal_ant import goal_observation
 
 # Standard deviation of the Gaussian noise on every component of an action.
 ACTION_NOISE = 0.2
 # Within this distance, in metres, a waypoint counts as reached.
 REACHED = 1.0
+# How far from a cell's centre in x and y, in metres, an ant is led at its goal.
+ROAMED = 1.5
 _NEIGHBOURS = ((-1, 0), (0, 1), (1, 0), (0, -1))
 
 
@@ -66,14 +77,31 @@ def draw_goal_cell(rng, maze_map, variant):
     return choices[rng.integers(len(choices))]
 
 
-def rewarded_goal(maze):
-    """The one place, (x, y) in metres, that the rewards of a data set are given for.
-
-    Whatever an episode's goal was, D4RL relabelled all its AntMaze files with the goal of the task,
-    drawn once. Here it is the mean of that draw, so that no seed gets a corner of the cell.
+def episode_steps(env_id):
+    """Steps of an episode of the data, 701 or 1,001: D4RL's time-out comes a step late, and
+    umaze-diverse, whose task ends after 700 steps, was collected in longer episodes.
     """
+    return 701 if env_id == "antmaze-umaze-v2" else 1001
+
+
+def rewarded_goal(env_id):
+    """The one place, (x, y) in metres, that the rewards of a task's data are given for.
+
+    Whatever an episode's goal was, D4RL relabelled each AntMaze file with the goal of the task,
+    drawn once. How many rows are rewarded depends on that draw: here it is a place within its range
+    at which their share is about that of D4RL's file (`rewarded` in `assets/mazes.json`, metres
+    from the centre of the cell).
+    """
+    maze, variant = variant_of(env_id)
     maze_map = MAZES[maze]["task"]
-    return cell_center(maze_map, cells(maze_map, "g")[0]) + 0.75
+    return cell_center(maze_map, cells(maze_map, "g")[0]) + MAZES[maze]["rewarded"][variant]
+
+
+def around(maze_map, cell):
+    """Lists a cell and the free cells next to it."""
+    free = free_cells(maze_map)
+    row, column = cell
+    return [cell, *(next_to for r, c in _NEIGHBOURS if (next_to := (row + r, column + c)) in free)]
 
 
 class Navigator:
@@ -119,14 +147,15 @@ class GuidedAnt:
         rng: `numpy.random.Generator` of starts, goals, waypoints and action noise.
     """
 
-    # As in D4RL's files the ant goes on at the goal.
+    # As in D4RL's files a rewarded step does not end the episode.
     ends_at_terminals = False
     info_widths = {"infos/goal": (2,), "infos/rewarded_goal": (2,)}
 
     def __init__(self, env, env_id, policy, rng):
         self.env, self.policy, self.rng = env, policy, rng
-        self.maze, self.variant = variant_of(env_id)
-        self.maze_map = MAZES[self.maze]["collection"]
+        maze, self.variant = variant_of(env_id)
+        self.maze_map = MAZES[maze]["collection"]
+        self.rewarded = rewarded_goal(env_id)
 
     def reset(self):
         """Starts an episode with a goal of its own; returns the first observation, (29,)."""
@@ -134,17 +163,29 @@ class GuidedAnt:
         start = draw_start(self.rng, self.maze_map, self.variant)
         if start is not None:
             observation = self.env.place(start)
-        rewarded = rewarded_goal(self.maze)
-        self.env.set_target(rewarded)
+        self.env.set_target(self.rewarded)
         cell = draw_goal_cell(self.rng, self.maze_map, self.variant)
         goal = draw_goal(self.rng, self.maze_map, cell)
         self.navigator = Navigator(self.maze_map, goal, cell, self.rng)
-        self.infos = {"infos/goal": goal, "infos/rewarded_goal": rewarded}
+        self.roams_in = None  # cells, once the goal is reached
+        self.infos = {"infos/goal": goal, "infos/rewarded_goal": self.rewarded}
         return observation
 
     def act(self, observation):
         """Returns an action, (8,) float32: drawn from the policy, with noise, within the bounds."""
+        self._lead_on(observation[:2])
         waypoint = self.navigator.waypoint(observation[:2])
         action = self.policy.act(goal_observation(observation, waypoint), self.rng)
         noise = ACTION_NOISE * self.rng.standard_normal(action.shape, dtype=np.float32)
         return np.clip(action + noise, -1.0, 1.0, dtype=np.float32)
+
+    def _lead_on(self, xy):
+        """Gives an ant that has reached its goal, or its last place there, another place."""
+        away = np.hypot(*(xy - self.navigator.goal))
+        if self.roams_in is None and away <= GOAL_RADIUS:
+            self.roams_in = around(self.maze_map, self.navigator.goal_cell)
+        elif self.roams_in is None or away >= REACHED:
+            return
+        cell = self.roams_in[self.rng.integers(len(self.roams_in))]
+        place = cell_center(self.maze_map, cell) + self.rng.uniform(-ROAMED, ROAMED, 2)
+        self.navigator = Navigator(self.maze_map, place, cell, self.rng)

@@ -1,5 +1,6 @@
 """Regenerated data: true transitions of the physics, whole episodes, the same bits every time."""
 
+import json
 import threading
 
 import gymnasium
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import d4rl_gymnasium as d4rl
+from d4rl_gymnasium import d4rl_files
 from d4rl_gymnasium import regenerate as module
 from d4rl_gymnasium.behavior import BehaviorPolicy
 
@@ -40,6 +42,16 @@ def make_policies(folder):
         save_policy(folder / f"hopper-replay-{number}.npz", bias=number / 10 - 0.5)
     save_policy(folder / "hopper-medium.npz", bias=0.0)
     save_policy(folder / "hopper-expert.npz", bias=0.3)
+    shares = {
+        "hopper-medium-replay": {0: 0.25, 1: 0.25, 2: 0.1, 10: 0.4},
+        "hopper-full-replay": {0: 0.5, 3: 0.5},
+    }
+    recipe = {
+        name: {f"hopper-replay-{number}": share for number, share in parts.items()}
+        for name, parts in shares.items()
+    }
+    recipe |= {f"hopper-{name}": {f"hopper-{name}": 1.0} for name in ("medium", "expert")}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
 
 
 @pytest.fixture
@@ -110,11 +122,11 @@ def test_no_transition_joins_two_episodes(replay):
     np.testing.assert_array_equal(joined, ~ends[:-1])
 
 
-def test_shares_are_equal_and_in_order(replay):
-    means = [share.mean() for share in replay["actions"].reshape(4, 125 * 3)]
+def test_shares_are_those_of_the_recipe_and_in_order(replay):
+    means = [share.mean() for share in np.split(replay["actions"], [125, 250, 300])]
     np.testing.assert_allclose(means, np.tanh([-0.5, -0.4, -0.3, 0.5]), atol=0.03)
     # Only the last episode of a share may be cut.
-    assert set(np.flatnonzero(replay["timeouts"]) + 1) <= {125, 250, 375, 500}
+    assert set(np.flatnonzero(replay["timeouts"]) + 1) <= {125, 250, 300, 500}
 
 
 def test_episodes_start_and_act_differently(replay):
@@ -123,7 +135,8 @@ def test_episodes_start_and_act_differently(replay):
     assert len(starts) > 8
     assert len(np.unique(replay["observations"][starts], axis=0)) == len(starts)
     assert np.abs(replay["infos/qpos"][starts] - [0, 1.25, 0, 0, 0, 0]).max() < 0.00501
-    noise = np.arctanh(replay["actions"]) - np.repeat([-0.5, -0.4, -0.3, 0.5], 125)[:, None]
+    biases = np.repeat([-0.5, -0.4, -0.3, 0.5], [125, 125, 50, 200])
+    noise = np.arctanh(replay["actions"]) - biases[:, None]
     assert 0.09 < noise.std() < 0.11
     assert len(np.unique(replay["actions"], axis=0)) == 500
 
@@ -162,23 +175,37 @@ def test_other_policies_recipes_and_seeds_have_other_files(policies, tmp_path, m
     others = {path(size=501), path(seed=1), path("hopper-medium-v2")}
     save_policy(policies / "hopper-replay-2.npz", bias=0.7)
     others.add(path())
+    recipe = (policies / "recipe.json").read_text()
+    (policies / "recipe.json").write_text(recipe.replace("0.1,", "0.15,"))
+    others.add(path())
     monkeypatch.setattr(module, "RECIPE_VERSION", module.RECIPE_VERSION + 1)
     others.add(path())
     monkeypatch.setattr(module.mujoco, "__version__", "3.2.7")
     others.add(path())
-    assert len(others) == 6
+    assert len(others) == 7
     assert before not in others
 
 
 def test_medium_expert_is_half_and_half(policies):
-    assert [path.stem for path in module._policies("hopper-medium-expert-v2")] == [
-        "hopper-medium",
-        "hopper-expert",
+    found = module._policies("hopper-medium-expert-v2")
+    assert [(path.stem, share) for path, share in found] == [
+        ("hopper-medium", 0.5),
+        ("hopper-expert", 0.5),
     ]
     chunks = module._plan(module._policies("hopper-medium-expert-v2"), 301)
     assert [(chunk["spawn_key"], chunk["rows"]) for chunk in chunks] == [
         ([0, 0], 70), ([0, 1], 70), ([0, 2], 10), ([1, 0], 70), ([1, 1], 70), ([1, 2], 11),
     ]  # fmt: skip
+
+
+def test_shares_of_whole_episodes():
+    shares = [(None, 0.24), (None, 0.5), (None, 0.26)]
+    for size, rows in (10_000, [2000, 5000, 3000]), (700, [0, 700, 0]):
+        chunks = module._plan(shares, size, whole=1000)
+        totals = [0, 0, 0]
+        for chunk in chunks:
+            totals[chunk["spawn_key"][0]] += chunk["rows"]
+        assert totals == rows
 
 
 def test_random_is_uniform_and_episodes_end_at_the_limit(policies):
@@ -203,7 +230,15 @@ def test_a_task_without_policies_names_those_with(policies, env_id):
     assert ", ".join(makeable) in str(raised.value)
 
 
-@pytest.mark.parametrize("size", [0, -5, 1.5, "many"])
+def test_size_0_is_that_of_d4rls_file(policies, monkeypatch):
+    monkeypatch.setitem(d4rl_files.FILES[REPLAY], "transitions", [90, "here"])
+    assert d4rl.dataset_path(REPLAY, "regenerated", 0) == d4rl.dataset_path(
+        REPLAY, "regenerated", 90
+    )
+    assert len(d4rl.get_dataset(REPLAY, "regenerated", 0)["rewards"]) == 90
+
+
+@pytest.mark.parametrize("size", [-5, 1.5, "many"])
 def test_an_impossible_size_is_named(policies, size):
     with pytest.raises(d4rl.DatasetError, match=f"cannot regenerate {size} transitions"):
         d4rl.get_dataset(REPLAY, "regenerated", size)
@@ -241,20 +276,3 @@ def test_the_shipped_policies_make_every_task():
     assert module.regenerated_tasks() == sorted(d4rl.TASKS)
     for path in module.POLICIES.glob("*.npz"):
         assert path.stat().st_size <= 200_000
-
-
-@pytest.mark.parametrize("robot", ["halfcheetah", "hopper", "walker2d"])
-def test_the_shipped_policies_are_of_d4rls_recipe(robot):
-    last = []
-    for env_id in (f"{robot}-medium-replay-v2", f"{robot}-full-replay-v2"):
-        steps = [BehaviorPolicy.load(path).env_steps for path in module._policies(env_id)]
-        assert steps[0] == 0 and len(steps) == 8
-        assert steps == sorted(steps)
-        last.append(steps[-1])
-    assert last[1] > last[0]
-    medium, expert = (
-        BehaviorPolicy.load(module.POLICIES / f"{robot}-{name}.npz")
-        for name in ("medium", "expert")
-    )
-    assert last[0] == medium.env_steps and expert.normalized_score > 80
-    assert 0.25 < medium.normalized_score / expert.normalized_score < 0.5

@@ -95,6 +95,7 @@ def test_antmaze_itself_is_not_trained_in():
 def command(directory, steps, env=HOPPER, **settings):
     settings = {
         "learning_starts": 60, "eval_freq": 80, "eval_episodes": 2, "batch_size": 16,
+        "early_steps": 0,
         "actor_width": 16, "critic_width": 16,
     } | settings  # fmt: skip
     flags = [f"--{name}={value}" for name, value in settings.items()]
@@ -113,11 +114,11 @@ def numbers_of(directory):
     return arrays, state, rows, replay.tobytes(), last
 
 
-@pytest.mark.parametrize("env", [HOPPER, goal_ant.ENV_ID])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, capsys, env):
+@pytest.mark.parametrize("env, algorithm", [(HOPPER, "tqc"), (goal_ant.ENV_ID, "sac")])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, capsys, env, algorithm):
     pytest.importorskip("sbx")
-    main(command(tmp_path / "whole", 240, env))
-    main(command(tmp_path / "parts", 160, env))
+    main(command(tmp_path / "whole", 240, env, algorithm=algorithm))
+    main(command(tmp_path / "parts", 160, env, algorithm=algorithm))
     # What a process leaves that was killed after its last checkpoint.
     directory = tmp_path / "parts"
     (directory / "checkpoint.partial").write_bytes(b"half a checkpoint")
@@ -126,7 +127,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, capsys, env):
     with open(directory / "replay.f32", "ab") as file:
         file.write(np.full(100, np.nan, np.float32).tobytes())
     capsys.readouterr()
-    main(command(directory, 240, env))
+    main(command(directory, 240, env, algorithm=algorithm))
     assert "continuing at step 160 of 240" in capsys.readouterr().out
     assert numbers_of(directory) == numbers_of(tmp_path / "whole")
     assert [row["step"] for row in train_policies.read_log(directory)] == ["0", "80", "160", "240"]
@@ -178,6 +179,32 @@ def test_transitions_are_stored_as_they_happened(tmp_path):
     run.close()
 
 
+def save_constant(path, mean):
+    """A policy of two layers of 16 whose actions are near tanh(mean) whatever it sees."""
+    shapes = {"0": (11, 16), "1": (16, 16), "_mean": (16, 3), "_log_std": (16, 3)}
+    weights = {f"w{name}": np.zeros(shape) for name, shape in shapes.items()}
+    weights |= {f"b{name}": np.zeros(shape[1]) for name, shape in shapes.items()}
+    weights["b_mean"] += mean
+    weights["b_log_std"] -= 4
+    BehaviorPolicy(weights).save(path)
+    return str(path)
+
+
+def test_a_run_goes_on_from_a_policy_that_its_critics_know(tmp_path):
+    pytest.importorskip("sbx")
+    initial = [save_constant(tmp_path / f"{mean}.npz", mean) for mean in (1.0, -1.0)]
+    flags = ["--initial", *initial, "--actor_starts", "112"]
+    main([*command(tmp_path / "run", 160, learning_starts=60), *flags])
+    rows = np.fromfile(tmp_path / "run" / "replay.f32", np.float32).reshape(160, 2 * 11 + 3 + 2)
+    signs = np.repeat([1, -1, -1], [30, 30, 52])[:, None]
+    np.testing.assert_allclose(rows[:112, 11:14], np.tanh(signs) * np.ones((112, 3)), atol=0.05)
+    start, kept, moved = (
+        BehaviorPolicy.load(tmp_path / "run" / f"snapshot-{step:07d}.npz") for step in (0, 80, 160)
+    )
+    np.testing.assert_array_equal(kept.weights["b_mean"], start.weights["b_mean"])
+    assert (moved.weights["b_mean"] != start.weights["b_mean"]).all()
+
+
 # --- selection ---
 
 
@@ -200,30 +227,69 @@ def save_snapshots(directory, scores, observation_size, action_size):
     train_policies.write_log(directory, rows)
 
 
-def test_selection_takes_expert_medium_and_the_ladders(tmp_path, monkeypatch, capsys):
-    scores = [1, 5, 10, 20, 34, 50, 40, 80, 99, 90, 95, 60]
-    save_snapshots(tmp_path / "run", scores, 17, 6)
+@pytest.fixture
+def selection(tmp_path, monkeypatch):
+    """A run of 12 snapshots whose measured returns are those of its log, and an empty POLICIES."""
+    returns = [1, 50, 100, 200, 2800, 2900, 2700, 4000, 4850, 4990, 5100, 4000]
+    save_snapshots(tmp_path / "run", np.array(returns) / 100, 17, 6)
     (tmp_path / "policies").mkdir()
     monkeypatch.setattr(train_policies, "POLICIES", tmp_path / "policies")
 
     def measured(policy, env, episodes, seed, stochastic):
-        known = train_policies.task(env.spec.id)
-        span = known.ref_max_score - known.ref_min_score
-        value = scores[policy.env_steps // 10_000] / 100
-        return np.full(episodes, known.ref_min_score + value * span)
+        noise = policy.weights["b_log_std"].mean()
+        return np.full(episodes, returns[policy.env_steps // 10_000] - 1000.0 * noise)
 
     monkeypatch.setattr(train_policies, "episode_returns", measured)
-    main(["select", "--env", "walker2d-medium-v2", "--directory", str(tmp_path / "run")])
-    found = {path.stem: BehaviorPolicy.load(path) for path in (tmp_path / "policies").glob("*.npz")}
-    assert found["walker2d-expert"].normalized_score == pytest.approx(99)
-    assert found["walker2d-medium"].normalized_score == pytest.approx(34)
-    ladders = {name: [found[f"walker2d-{name}-{n}"].env_steps for n in range(8)]
-               for name in ("replay", "full-replay")}  # fmt: skip
-    assert ladders["replay"][0] == 0 and ladders["replay"][-1] == 40_000
-    assert ladders["full-replay"] == [0, 20_000, 30_000, 50_000, 60_000, 80_000, 90_000, 110_000]
-    assert len(found) == 18 and "below 90" not in capsys.readouterr().out
-    with open(tmp_path / "policies" / "walker2d-returns.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == len(scores)
+
+    def run(command, env, *flags):
+        main([command, "--env", env, *flags])
+        return {p.stem: BehaviorPolicy.load(p) for p in (tmp_path / "policies").glob("*.npz")}
+
+    run.directory, run.policies = str(tmp_path / "run"), tmp_path / "policies"
+    return run
+
+
+def test_expert_and_medium_are_those_with_d4rls_returns(selection, capsys):
+    found = selection("select", "walker2d-expert-v2", "--directory", selection.directory)
+    assert found["walker2d-expert"].env_steps == 90_000  # 4,990 of 4,920.51
+    assert found["walker2d-expert"].return_mean == 4990
+    found = selection("select", "walker2d-medium-v2", "--directory", selection.directory)
+    assert found["walker2d-medium"].env_steps == 50_000 and len(found) == 2
+    printed = capsys.readouterr().out
+    assert "return 2,900, D4RL's file 2,852: +1.7%" in printed and "train longer" not in printed
+    with open(selection.policies / "walker2d-medium-returns.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 12
+    early = ["--directory", selection.directory, "--until", "30000"]
+    assert selection("select", "walker2d-medium-v2", *early)["walker2d-medium"].env_steps == 30_000
+    assert "more than 5% off: train longer" in capsys.readouterr().out
+
+
+def test_the_ladders(selection):
+    flags = ["--directory", selection.directory, "--until", "50000", "--ladder", "3"]
+    found = selection("select", "walker2d-medium-replay-v2", *flags)
+    assert {name: policy.env_steps for name, policy in found.items()} == {
+        "walker2d-replay-0": 0, "walker2d-replay-1": 20_000, "walker2d-replay-2": 50_000,
+    }  # fmt: skip
+    found = selection("select", "walker2d-full-replay-v2", "--directory", selection.directory)
+    steps = [found[f"walker2d-full-replay-{number}"].env_steps for number in range(8)]
+    assert steps == [0, 20_000, 30_000, 50_000, 60_000, 80_000, 90_000, 110_000]
+
+
+def test_noise_is_raised_until_the_return_is_d4rls(selection):
+    selection("select", "walker2d-expert-v2", "--directory", selection.directory)
+    found = selection("match", "walker2d-medium-v2", "--policy", "walker2d-expert")
+    # 4,990 less 1,000 for each unit of the noise's logarithm, which goes up to 2.
+    assert found["walker2d-medium"].return_mean == pytest.approx(2990, abs=20)
+    (selection.policies / "walker2d-medium.npz").rename(selection.policies / "walker2d-good.npz")
+    found = selection("match", "walker2d-medium-v2", "--policy", "walker2d-good")
+    assert found["walker2d-medium"].return_mean == pytest.approx(2852, abs=20)
+    np.testing.assert_allclose(found["walker2d-medium"].weights["b_log_std"], 2.14, atol=0.03)
+
+
+@pytest.mark.parametrize("command, flag", [("match", "policy"), ("select", "directory")])
+def test_a_missing_flag_is_named(command, flag):
+    with pytest.raises(SystemExit, match=f"error: {command} needs --{flag}"):
+        main([command, "--env", HOPPER])
 
 
 def test_the_ant_that_reaches_most_goals_is_selected(tmp_path, monkeypatch):

@@ -161,12 +161,12 @@ def test_starts_are_anywhere_but_in_umaze(env_id):
     assert np.min(offsets) >= 0 and 0.95 < np.max(offsets) <= 1
 
 
-@pytest.mark.parametrize("name", MAPS)
-def test_rewards_are_for_the_goal_of_the_task(name):
-    env = gymnasium.make(f"antmaze-{name}{'' if name == 'umaze' else '-play'}-v2").unwrapped
+@pytest.mark.parametrize("env_id", ANTMAZE)
+def test_rewards_are_for_a_place_that_the_task_can_draw(env_id):
+    env = gymnasium.make(env_id).unwrapped
     env.reset(seed=0)
-    goals = [env.reset()[1]["goal"] for _ in range(2000)]
-    np.testing.assert_allclose(waypoints.rewarded_goal(name), np.mean(goals, 0), atol=0.04)
+    goals = np.array([env.reset()[1]["goal"] for _ in range(2000)])
+    assert np.abs(goals - waypoints.rewarded_goal(env_id)).max(1).min() < 0.1
 
 
 # --- the collected file ---
@@ -189,6 +189,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("antmaze")
     (folder / "policies").mkdir()
     save_ant(folder / "policies" / "ant-goal.npz")
+    (folder / "policies" / "recipe.json").write_text('{"antmaze": {"ant-goal": 1.0}}')
     return folder
 
 
@@ -212,9 +213,9 @@ def files(folder):
 
 
 @pytest.mark.parametrize("env_id", [UMAZE, PLAY, DIVERSE])
-def test_episodes_end_at_the_limit_of_the_task_and_nowhere_else(files, env_id):
+def test_episodes_end_by_time_out_and_nowhere_else(files, env_id):
     data = d4rl.get_dataset(env_id, files[env_id])
-    limit = d4rl.task(env_id).max_episode_steps
+    limit = {UMAZE: 701, PLAY: 1001, DIVERSE: 1001}[env_id]
     # A chunk of 1,500 rows holds whole episodes; the last one is cut.
     assert set(np.flatnonzero(data["timeouts"]) + 1) == {*range(limit, 4000, limit), 4000}
     joined = (data["next_observations"][:-1] == data["observations"][1:]).all(axis=1)
@@ -239,7 +240,7 @@ def test_rows_have_d4rls_keys_and_one_goal_an_episode(files, env_id):
     goals = np.unique(data["infos/goal"], axis=0)
     allowed = free_cells(MAPS[name]) if variant == "diverse" else cells(MAPS[name], "g")
     assert {nearest_cell(MAPS[name], goal - 0.75) for goal in goals} <= set(allowed)
-    expected = np.broadcast_to(waypoints.rewarded_goal(name), (4000, 2))
+    expected = np.broadcast_to(waypoints.rewarded_goal(env_id), (4000, 2))
     np.testing.assert_array_equal(data["infos/rewarded_goal"], expected.astype(np.float32))
 
 
@@ -298,8 +299,9 @@ def test_the_simulator_reproduces_the_file(files, env_id):
 def test_describe_counts_the_episodes_and_draws_the_maze(files, capsys, tmp_path, env_id):
     main(["describe", env_id, "--data", str(files[env_id]), "--pictures", str(tmp_path)])
     printed = capsys.readouterr().out
-    episodes = -(-4000 // d4rl.task(env_id).max_episode_steps)
-    assert printed.startswith(f"{env_id}: 4,000 transitions in {episodes} episodes\n")
+    episodes = -(-4000 // waypoints.episode_steps(env_id))
+    assert printed.startswith(f"{env_id}: 4,000 transitions in {episodes} episodes (D4RL's file: ")
+    assert "rewarded rows " in printed
     assert "success rate" in printed and "free cells visited" in printed
     assert (tmp_path / f"{env_id}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -325,19 +327,30 @@ class Teleporter:
         return np.zeros(8, np.float32)
 
 
-def test_a_mover_that_follows_its_waypoints_is_rewarded_for_the_goal_of_the_task():
+def test_a_mover_is_rewarded_for_one_place_and_does_not_stay_at_its_goal():
     env = gymnasium.make(UMAZE).unwrapped
     env.reset(seed=0)
-    rng = np.random.default_rng(0)
-    ant = waypoints.GuidedAnt(env, UMAZE, Teleporter(env), rng)
-    observation, rewards, terminals = ant.reset(), [], []
-    for _ in range(200):
+    ant = waypoints.GuidedAnt(env, UMAZE, Teleporter(env), np.random.default_rng(0))
+    observation, places, rewards, terminals = ant.reset(), [], [], []
+    for _ in range(2000):
         observation, reward, terminated, _, _ = env.step(ant.act(observation))
+        places.append(observation[:2])
         rewards.append(reward)
         terminals.append(terminated)
-    # On after the goal, and near it often enough: the episode's goal is within 1.06 m of it.
-    assert sum(rewards) > 5 and rewards == [float(terminal) for terminal in terminals]
-    assert np.hypot(*(observation[:2] - ant.infos["infos/goal"])) < 0.7
+    assert rewards == [float(terminal) for terminal in terminals]
+    near = np.hypot(*(np.array(places) - waypoints.rewarded_goal(UMAZE)).T) <= 0.5
+    np.testing.assert_array_equal(near, np.array(rewards) == 1)
+    # From the start to the goal, then around in its cell and the one next to it.
+    arrived = np.flatnonzero(np.hypot(*(places - ant.infos["infos/goal"]).T) <= 0.5)[0]
+    after = places[arrived + 1 :]
+    assert {nearest_cell(MAPS["umaze"], xy) for xy in after} == {(3, 1), (3, 2)}
+    assert np.ptp(after, axis=0).min() > 2
+    assert 0 < near.mean() < 0.1
+
+
+def test_the_cells_around():
+    assert sorted(waypoints.around(MAPS["umaze"], (3, 1))) == [(3, 1), (3, 2)]
+    assert sorted(waypoints.around(MAPS["medium"], (5, 6))) == [(4, 6), (5, 6), (6, 6)]
 
 
 def test_without_the_policy_the_error_is_one_line(policies, monkeypatch, tmp_path):
