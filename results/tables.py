@@ -19,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+
+from d4rl_gymnasium.files import write
 from lib.claims import claims
 from lib.experiments import (
     ANTMAZE,
@@ -35,8 +37,6 @@ from lib.experiments import (
 from lib.records import by_seed, matched, read_records, read_rows, sizes_of, write_records
 from lib.statistics import bootstrap, iqm, mean_of_tasks, t_interval
 from lib.table import PAPER_SIZES, Cell, Table, difference, summary
-
-from d4rl_gymnasium.files import write
 
 RECORDS = ROOT / "results" / "study"
 DATA = ROOT / "results" / "regenerated.csv"
@@ -139,8 +139,12 @@ def paper_table(runs: dict, name: str, paper: bool = False) -> list[Table]:
         "where all tasks have runs; in brackets the fewest runs. Bold: the highest mean of a row "
         "in its group, where all have the same data and sizes."
     ]
-    records = [r.until(table.until) for (method, task), seeds in runs.items()
-               for r in seeds.values() if method in table.methods and task in table.tasks]  # fmt: skip
+    records = [
+        record.until(table.until)
+        for (method, task), seeds in runs.items()
+        for record in seeds.values()
+        if method in table.methods and task in table.tasks
+    ]
     if paper and not all(r.sizes == PAPER_SIZES[table.until] and r.is_full_size for r in records):
         notes.append("Warning: the paper's numbers are of other sizes or data than these runs.")
     title = f"Table {name.removeprefix('table')}: {table.title}"
@@ -290,8 +294,8 @@ def exchange(runs: dict) -> list[Table]:
                 row[name] = summary(means, sizes_of(found), 1 if name == "M" else 3)
             rows.append(row)
     note = (
-        "Of the online log rows (means over log_freq steps) of each run: mean ± population standard "
-        "deviation over (n) runs. M: exchanged pairs of an update, of as many as half a batch."
+        "Of the online log rows (means over log_freq steps) of each run: mean ± population "
+        "standard deviation over (n) runs. M: exchanged pairs of an update, of half a batch."
     )
     return [Table("Exchange", rows, [note])]
 
@@ -313,13 +317,13 @@ def prepared(rows: list[dict]) -> Table:
     groups = defaultdict(lambda: defaultdict(list))
     for row in rows:
         groups[row["prepared"]][row["env"]].append(row["seconds"])
-    tasks = sorted({row["env"] for row in rows})
-    lines = [
-        {"prepared": name}
-        | {t: Cell(float(np.median(found[t])), seeds=len(found[t]), digits=0) if t in found else None
-           for t in tasks}
-        for name, found in groups.items()
-    ]  # fmt: skip
+    lines, tasks = [], sorted({row["env"] for row in rows})
+    for name, found in groups.items():
+        cells = {
+            task: Cell(float(np.median(times)), seeds=len(times), digits=0)
+            for task, times in found.items()
+        }
+        lines.append({"prepared": name} | {task: cells.get(task) for task in tasks})
     note = "Processor seconds, medians over (n) runs: offline agents of iql, cal_ql and cql, one a "
     note += "seed; behavior models with their support actions of dare, one a data set."
     return Table("Cost of what the runs share", lines, [note])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
 from lib.experiments import LOCOMOTION, NO_EXPERT, TASKS
 from lib.records import Record, matched, sizes_of
 from lib.statistics import bootstrap, gain, mean_of_tasks, share_highest, spread, t_interval

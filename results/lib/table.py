@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from lib.records import described
 from lib.statistics import t_interval
 
@@ -95,10 +96,9 @@ class Table:
 
     def latex(self) -> str:
         """A table environment with title and legend, for booktabs."""
-        head, *body = (
-            " & ".join(row) + r" \\" for row in self.grid(escaped, r"\textbf{{{}}}".format)
-        )
-        columns = "l" * (head.count(" & ") + 1)
+        rows = self.grid(escaped, r"\textbf{{{}}}".format)
+        head, *body = (" & ".join(row) + r" \\" for row in rows)
+        columns = "l" * len(rows[0])
         lines = [r"\begin{table}", rf"\caption{{{escaped(self.title)}}}"]
         lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body]
         lines += [r"\bottomrule", r"\end{tabular}"] + [rf"\par {escaped(x)}" for x in self.legend()]
