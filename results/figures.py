@@ -30,7 +30,7 @@ AXES = {
     "score": "normalized score",
     "exchanged": "exchanged pairs M",
     "sign": "μ online − μ offline",
-    "differences": "difference of normalized scores from ",
+    "differences": "difference from ",
 }
 
 
@@ -101,15 +101,19 @@ def differences(plan: Experiment, panels: dict) -> dict:
 
 def caption(plan: Experiment, panels: dict) -> str:
     """What a reader must know of the runs: seeds, data and sizes."""
-    tasks = defaultdict(set)
+    tasks, methods = defaultdict(set), defaultdict(set)
     for task, runs in panels.items():
         for record in (r for records in runs.values() for r in records):
             tasks[record.sizes].add(task.removesuffix("-v2"))
+            methods[record.sizes].add(METHODS[record.method].label)
     counts = {len(records) for runs in panels.values() for records in runs.values()}
     seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
     parts = [f"{seeds} seed{'s' if seeds != '1' else ''}"]
-    for sizes, names in tasks.items():
-        parts.append(f"{', '.join(sorted(names))}: {sizes}" if len(tasks) > 1 else sizes)
+    differ_within_tasks = sum(map(len, tasks.values())) > len(panels)
+    for sizes in tasks:
+        who = f"{', '.join(sorted(methods[sizes]))} on " if differ_within_tasks else ""
+        who += f"{', '.join(sorted(tasks[sizes]))}: "
+        parts.append(who * (len(tasks) > 1) + sizes)
     interval = "t interval" if plan.shows == "differences" else "bootstrap interval"
     return f"{plan.title}. Mean and 95% {interval}; {'; '.join(parts)}."
 
@@ -117,35 +121,34 @@ def caption(plan: Experiment, panels: dict) -> str:
 # --- Drawing ---
 
 
-def grid(n: int, height: float = 1.25) -> tuple[Figure, list]:
-    """A figure with n panels in rows of at most four; heights in inches."""
+def grid(titles, xlabel: str, text: str, height: float = 1.25) -> tuple[Figure, list]:
+    """A figure with a panel for each title in rows of at most four, and small print below.
+
+    `height` is that of a panel in inches.
+    """
+    n = len(titles)
     columns = n if n < 4 else 2 if n == 4 else 3 if n < 10 else 4
     rows = -(-n // columns)
     width, height = {1: (3.4, 1.3 * height), 2: (5.2, height)}.get(n, (7.0, height))
-    figure = Figure(figsize=(width, 0.8 + height * rows), layout="constrained")
+    lines = textwrap.wrap(text, int(width * 21), break_on_hyphens=False)
+    figure = Figure(figsize=(width, 0.5 + 0.1 * len(lines) + height * rows), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", size=5.5, color="0.35")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in panels[n:]:
         ax.remove()
+    for i, (ax, title) in enumerate(zip(panels[:n], titles, strict=True)):
+        ax.set_title(title.removesuffix("-v2"))
+        if i >= n - columns:  # none below it
+            ax.set_xlabel(xlabel)
     return figure, panels[:n]
-
-
-def surround(figure: Figure, text: str, xlabel: str = "", ylabel: str = ""):
-    """Write the labels that all panels share, and a text of one or more lines below them."""
-    width, height = figure.get_size_inches()
-    lines = textwrap.wrap(text, int(width * 21), break_on_hyphens=False)
-    space = (0.1 * len(lines) + 0.06) / height
-    figure.text(0.05 / width, 0.04 / height, "\n".join(lines), size=5.5, color="0.35", va="bottom")
-    figure.get_layout_engine().set(rect=(0, space, 1, 1 - space))
-    figure.supxlabel(xlabel)
-    figure.supylabel(ylabel)
 
 
 def draw_curves(plan: Experiment, panels: dict) -> Figure:
     """Means and bands along the online steps, a panel for each task."""
-    figure, axes = grid(len(panels))
+    figure, axes = grid(list(panels), "online environment steps", caption(plan, panels))
     lines = {}
-    for ax, (task, runs) in zip(axes, panels.items(), strict=True):
+    for ax, runs in zip(axes, panels.values(), strict=True):
         for method, records in runs.items():
             steps, mean, band = mean_and_band(records, plan.shows)
             label, color = METHODS[method].label, METHODS[method].color
@@ -155,10 +158,9 @@ def draw_curves(plan: Experiment, panels: dict) -> Figure:
             ax.axhline(0, color="0.4", lw=0.6, zorder=1)
         elif plan.shows == "exchanged":
             ax.set_ylim(bottom=0)
-        ax.set_title(task.removesuffix("-v2"))
         ax.locator_params(nbins=4)
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
-    surround(figure, caption(plan, panels), "online environment steps", AXES[plan.shows])
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
+    figure.supylabel(AXES[plan.shows])
     columns = min(len(lines), 2 if len(panels) == 1 else 4)
     figure.legend(lines.values(), lines, loc="outside upper center", ncols=columns)
     return figure
@@ -178,7 +180,8 @@ def draw_differences(plan: Experiment, panels: dict) -> Figure:
         strata |= {(m, "all tasks"): list(values.values())
                    for m, values in found.items() if len(values) == len(tasks)}  # fmt: skip
         tasks += ["all tasks"] * any(task == "all tasks" for _, task in strata)
-    figure, axes = grid(len(tasks), height=0.35 + 0.11 * len(found))
+    label = AXES[plan.shows] + METHODS[dare].label
+    figure, axes = grid(tasks, label, caption(plan, panels), 0.35 + 0.11 * len(found))
     for i, (ax, task) in enumerate(zip(axes, tasks, strict=True)):
         ax.axvline(0, color="0.4", lw=0.6, zorder=1)
         for row, method in enumerate(found):
@@ -187,12 +190,10 @@ def draw_differences(plan: Experiment, panels: dict) -> Figure:
                 mean = float(mean_of_tasks(values))
                 ax.plot(t_interval(values) or (mean, mean), [row, row], color=color)
                 ax.plot([mean], [row], "o", ms=3, color=color, label=label)
-        ax.set_title(task.removesuffix("-v2"), weight="bold" if task == "all tasks" else None)
         first = i % ax.get_gridspec().ncols == 0
         ax.set_yticks(range(len(found)), [METHODS[m].label if first else "" for m in found])
         ax.set_ylim(len(found) - 0.5, -0.5)
         ax.locator_params(axis="x", nbins=4)
-    surround(figure, caption(plan, panels), AXES[plan.shows] + METHODS[dare].label)
     return figure
 
 
