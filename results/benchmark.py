@@ -158,7 +158,7 @@ def sampler(args) -> dict:
     }
     iql = importlib.import_module("iql")
     names = "precision", "cuda_graph", "device"
-    config = iql.TrainConfig(ENV, **{name: getattr(args, name) for name in names})
+    config = iql.TrainConfig(env=ENV, **{name: getattr(args, name) for name in names})
     return {name: iql.accelerate(call, config) for name, call in calls.items()}
 
 
@@ -275,10 +275,14 @@ def main():
 
 def write(path: Path | None, rows: list[dict]):
     """Append rows to a CSV file, with a header if it is new."""
-    if path:
-        header, *lines = csv_text(rows).splitlines(keepends=True)
-        with open(path, "a") as file:
-            file.writelines(lines if path.stat().st_size else [header, *lines])
+    if not path:
+        return
+    header, *lines = csv_text(rows).splitlines(keepends=True)
+    with open(path, "a+") as file:
+        file.seek(0)
+        if (old := file.readline()) not in ("", header):
+            sys.exit(f"error: {path} has other columns; take another --output")
+        file.writelines(lines if old else [header, *lines])
 
 
 if __name__ == "__main__":
