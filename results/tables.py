@@ -165,8 +165,9 @@ AGAINST = {  # heading: the method that others are compared with, or None
 
 
 def in_order(names) -> list[str]:
-    """Names of methods in the order of METHODS, those of other runs after their kind."""
-    return sorted(names, key=lambda name: (list(METHODS).index(kind_of(name)), name))
+    """Names of methods in the order of METHODS, those of other runs after their kind, or last."""
+    order = [*METHODS, None]
+    return sorted(names, key=lambda name: (order.index(kind_of(name)), name))
 
 
 def differences(runs: dict, method: str, other: str | None, task: str) -> tuple[np.ndarray, str]:
@@ -397,17 +398,18 @@ MARKED = "README.md", "algorithms/README.md", "d4rl_gymnasium/README.md", "resul
 
 
 def with_blocks(text: str) -> str:
-    """A page with its blocks made anew.
+    """A page with its blocks made anew; of a page without marks the page.
 
     Raises:
-        ValueError: a mark has no end, or names no block.
+        ValueError: a mark names no block, or has no end.
     """
-    for name in re.findall("<!-- (.*): python results/tables.py pages -->", text):
-        begin, end = f"<!-- {name}: python results/tables.py pages -->", f"<!-- end of {name} -->"
+    for name in re.findall("\n<!-- (.*): python results/tables.py pages -->\n", text):
+        begin = f"\n<!-- {name}: python results/tables.py pages -->\n"
+        end = f"\n<!-- end of {name} -->\n"
         if name not in BLOCKS or text.find(end) < text.find(begin):
-            raise ValueError(f"{begin} names no block or has no {end} after it")
+            raise ValueError(f"{begin.strip()} names no block or has no {end.strip()} after it")
         head, rest = text.split(begin, 1)
-        text = f"{head}{begin}\n\n{BLOCKS[name]()}\n{end}{rest.split(end, 1)[1]}"
+        text = f"{head}{begin}\n{BLOCKS[name]()}{end}{rest.split(end, 1)[1]}"
     return text
 
 
@@ -436,6 +438,8 @@ def show(args) -> list[Table]:
     for name in names:
         paper = name in PAPER_TABLES
         tables += paper_table(runs, name, args.paper) if paper else OTHERS[name](runs)
+    if not (tables := [table for table in tables if table.rows]):
+        raise ValueError(f"the runs of {args.path} have nothing for {args.table}")
     return tables
 
 
@@ -466,9 +470,7 @@ def main():
             for path, text in pages().items():
                 stale = not path.exists() or path.read_text() != text
                 if stale and args.check:
-                    sys.exit(
-                        f"error: {path} is not what its records say; run results/tables.py pages"
-                    )
+                    sys.exit(f"error: {path} is stale; run python results/tables.py pages")
                 if stale:
                     write(path, text)
     except (ValueError, OSError) as e:

@@ -24,16 +24,16 @@ class Method:
     settings: dict = field(default_factory=dict)
 
     @property
-    def agent(self) -> str:
-        """The baseline whose offline agent fine-tuning starts from."""
-        if "calibrated" in self.settings:
-            return "cql"
-        return "cal_ql" if self.script in ("cal_ql", "edis_cql", "dare_cql") else "iql"
+    def baseline(self) -> str | None:
+        """What the method's scores are compared with."""
+        if self.script in ("cal_ql", "edis_cql", "dare_cql"):
+            return "cal_ql"
+        return "iql" if self.script in ("iql", "pex", "edis_iql", "dare_iql") else None
 
     @property
-    def baseline(self) -> str:
-        """What the method's scores are compared with."""
-        return "iql" if self.agent == "iql" else "cal_ql"
+    def agent(self) -> str:
+        """The method whose offline agent fine-tuning starts from."""
+        return "cql" if "calibrated" in self.settings else self.baseline
 
     @property
     def has_reference(self) -> bool:
@@ -85,22 +85,18 @@ METHODS = {
 }
 
 
-def kind_of(name: str) -> str:
-    """The longest key of METHODS that a run's name is or begins with.
-
-    Raises:
-        ValueError: there is none.
-    """
+def kind_of(name: str) -> str | None:
+    """The longest key of METHODS that a run's name is or begins with; None if there is none."""
     found = [key for key in METHODS if name == key or name.startswith(key + "_")]
-    if not found:
-        raise ValueError(f"no method {name}; there are {', '.join(METHODS)}")
-    return max(found, key=len)
+    return max(found, key=len, default=None)
 
 
 def method_of(name: str) -> Method:
     """The method of a run's name: another name than those in METHODS is its own label."""
-    method = METHODS[kind_of(name)]
-    return method if name in METHODS else replace(method, label=name)
+    if name in METHODS:
+        return METHODS[name]
+    kind = kind_of(name)
+    return replace(METHODS[kind], label=name) if kind else Method(name, "#000000", "unknown")
 
 
 @dataclass(frozen=True)

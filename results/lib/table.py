@@ -91,7 +91,7 @@ class Table:
         lines = [f"| {' | '.join(cells)} |" for cells in (head, *body)]
         lines.insert(1, "|" + "---|" * len(head))
         legend = [f"- {line}" for line in self.legend()]
-        parts = ["### " + self.title, "\n".join(lines if self.rows else []), "\n".join(legend)]
+        parts = ["### " + self.title, "\n".join(lines), "\n".join(legend)]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def latex(self) -> str:
