@@ -403,13 +403,13 @@ def with_blocks(text: str) -> str:
     Raises:
         ValueError: a mark names no block, or has no end.
     """
-    for name in re.findall("\n<!-- (.*): python results/tables.py pages -->\n", text):
-        begin = f"\n<!-- {name}: python results/tables.py pages -->\n"
-        end = f"\n<!-- end of {name} -->\n"
+    for name in re.findall("\n<!-- (.*): python results/tables.py pages -->(?=\n)", text):
+        begin = f"\n<!-- {name}: python results/tables.py pages -->"
+        end = f"\n<!-- end of {name} -->"
         if name not in BLOCKS or text.find(end) < text.find(begin):
             raise ValueError(f"{begin.strip()} names no block or has no {end.strip()} after it")
         head, rest = text.split(begin, 1)
-        text = f"{head}{begin}\n{BLOCKS[name]()}{end}{rest.split(end, 1)[1]}"
+        text = f"{head}{begin}\n\n{BLOCKS[name]()}{end}{rest.split(end, 1)[1]}"
     return text
 
 
