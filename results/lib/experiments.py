@@ -166,7 +166,7 @@ FIGURES = {
     "fig13": _group("Ablation of DARE-C, locomotion", CQL_ABLATION, LOCOMOTION),
     "fig14": _group("Ablation of DARE-I, locomotion", IQL_ABLATION, LOCOMOTION),
 }  # fmt: skip
-# Pictures beyond the paper, of whatever runs there are; fig1 is of one run.
+# Pictures beyond the paper, of whatever runs there are.
 _VARIANTS = [m for m in METHODS if not m.endswith("utd10")]
 _CQL, _IQL = (
     " ".join([m for m in _VARIANTS if METHODS[m].baseline == base and m != dare] + [dare])

@@ -19,7 +19,7 @@ import yaml
 
 import grid
 from lib.experiments import EXPERIMENTS, METHODS, ROOT, STUDY, TASKS, Experiment, Method
-from lib.records import is_finished
+from lib.records import is_finished, read_rows
 
 DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
 ENV = "hopper-medium-v2"
@@ -34,7 +34,7 @@ TINY = {
     "initial_collection_steps": "60",
     "n_episodes": "1",
     "eval_freq": "70",
-    "offline_eval_freq": "20",
+    "offline_eval_freq": "1000",
     "log_freq": "10",
 }
 TINY_DARE = {
@@ -86,7 +86,7 @@ def test_printed_commands_are_unique_and_parse(program, monkeypatch, name):
     args = ["--dry_run", "--seeds", "3", "--runs_dir", "none_yet", "--tasks", f"{ENV},umaze-v2"]
     lines = program("run", name, *args)
     commands = [line for line in lines if not line.startswith("#")]
-    assert lines[0].startswith("# stage 1: ") and len(commands) > 20
+    assert lines[0].startswith("# stage 1: ") and len(commands) > 15
     directories = set()
     for line in commands:
         python, script, *words = shlex.split(line)
@@ -242,22 +242,20 @@ def one_thread():
 
 
 @waits
-def test_users_start_from_the_offline_agents_and_find_the_cache(tmp_path, one_thread, capsys):
+def test_users_start_from_the_offline_agents_and_find_the_cache(tmp_path, one_thread):
     """The commands of a plan, run here: after the preparing runs nothing is made twice."""
     options = TINY | TINY_DARE | {"runs_dir": str(tmp_path), "cql_n_actions": "2"}
-    methods = ["cql", "dare_cql", "dare_iql", "dare_iql_no_guidance", "pex"]
-    runs = grid.plan(["table1", "fig4"], options, methods, [ENV], [1])
+    runs = grid.plan(["fig13", "table1"], options, ["dare_cql_no_guidance", "dare_iql"], [ENV], [1])
     made = {}
     for (name,), run in [(names_of([run]), run) for run in runs]:
         before = set((tmp_path / "cache").glob("*.pt"))
         importlib.import_module(run.script).main(run.command[2:])
         assert is_finished(run.directory), name
         made[name] = len(set((tmp_path / "cache").glob("*.pt")) - before)
-        log = (run.directory / "train.csv").read_text()
-        assert ("offline," in log) == (name in ("prepare_iql", "prepare_cal_ql", "prepare_cql"))
-    capsys.readouterr()
-    assert made.pop("prepare_dare_iql") == 2  # behavior model and support actions
-    assert len(made) == 9 and not any(made.values())
+        trained = any(row["phase"] == "offline" for row in read_rows(run.directory / "train.csv"))
+        assert trained == (name in ("prepare_iql", "prepare_cal_ql"))
+    assert made.pop("prepare_dare_cql") == 2  # behavior model and support actions
+    assert len(made) == 5 and not any(made.values())
 
 
 class InlineRay:
