@@ -41,10 +41,16 @@ class Run:
     needs: tuple["Run", ...] = ()
 
     @property
+    def folder(self) -> Path:
+        """Where the run writes, from the repository."""
+        flags = self.flags
+        name, seed = flags.get("name", self.script), f"seed_{flags['seed']}"
+        return Path(flags.get("runs_dir", "runs"), name, flags["env"], seed)
+
+    @property
     def directory(self) -> Path:
         """Where the run writes."""
-        folder = ROOT / self.flags.get("runs_dir", "runs") / self.flags.get("name", self.script)
-        return folder / self.flags["env"] / f"seed_{self.flags['seed']}"
+        return ROOT / self.folder
 
     @property
     def log(self) -> Path:
@@ -206,8 +212,8 @@ def plan(names: list[str], options: dict, methods=None, tasks=None, seeds=None) 
                     sampler = dataclasses.replace(sampler, needs=last_sampler.get(env, ()))
                     last_sampler[env] = (sampler,)
                 needs.append(add(sampler))
-            load_model = os.path.relpath(agent.directory / "offline.pt", ROOT)
-            run = make_run(name, method, env, seed, experiment, options, load_model=load_model)
+            load_model = {"load_model": str(agent.folder / "offline.pt")}
+            run = make_run(name, method, env, seed, experiment, options, **load_model)
             run = add(dataclasses.replace(run, needs=tuple(needs)))
             if (name, env) not in checked:  # for one seed as for all
                 check_agent(run, agent)

@@ -344,7 +344,8 @@ def test_kill_interrupt_and_failure(tmp_path):
     end; a run that cannot start is in nobody's way.
     """
     pytest.importorskip("ray", reason='needs pip install -e ".[grid]"')
-    sizes = TINY | {"online_iterations": "2000", "checkpoint_freq": "100", "eval_freq": "100"}
+    sizes = TINY | {"online_iterations": "1000", "log_freq": "100"}
+    sizes |= {"checkpoint_freq": "100", "eval_freq": "100"}
     broken = tmp_path / "iql" / ENV / "seed_1"
     broken.mkdir(parents=True)
     (broken / "checkpoint.pt").write_text("no checkpoint")
