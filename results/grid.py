@@ -1,12 +1,13 @@
-"""The paper's experiments and the study as data, and a runner: python results/grid.py list table1
+"""Runs the paper's experiments and the study: python results/grid.py list table1
 
-    python results/grid.py list EXPERIMENT ...         state of every run
+    python results/grid.py list EXPERIMENT ...           state of every run
     python results/grid.py run EXPERIMENT ... --dry_run  the plain commands, stage by stage
-    python results/grid.py run EXPERIMENT ...          run what is not finished, with Ray
+    python results/grid.py run EXPERIMENT ...            run what is not finished, with Ray
 
-An experiment is methods x tasks x seeds; a run that several of them have is one run. Offline
-agents, behavior models and support actions are made before the runs that take them from the cache.
-Paths (--runs_dir, data, configuration files) are relative to the repository.
+An experiment is methods x tasks x seeds (lib/experiments.py); a run that several of them have is
+one run. Each offline agent is trained once, by a run named prepare_<baseline>, and fine-tuning
+starts from its offline.pt; the sampler's cache is filled by a run named prepare_<method>. Paths
+(--runs_dir, data, configuration files) are relative to the repository.
 """
 
 import argparse
@@ -22,16 +23,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-from attempt import ROOT, attempt, last_line
-from experiments import EXPERIMENTS, METHODS, PREPARING, Experiment
+import pyrallis
 
-# What the data that are hashed for the cache's keys depend on, beside the fields of the key.
-DATA_FIELDS = "data", "regenerated_size"
-REWARD_FIELDS = "normalize_reward", "reward_scale", "reward_bias", "is_sparse_reward", "discount"
-# A run goes on with any value of these.
-FREE_FIELDS = "device compile cuda_graph threads wandb project runs_dir".split()
-
+from lib.attempt import attempt, last_line
+from lib.experiments import EXPERIMENTS, METHODS, ROOT, Experiment, Method
+from lib.records import PREPARING, is_finished, read_yaml
 
 # --- Runs ---
 
@@ -42,14 +38,19 @@ class Run:
 
     script: str
     flags: dict
-    needs: tuple = ()
+    needs: tuple["Run", ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes, from the repository."""
+        flags = self.flags
+        name, seed = flags.get("name", self.script), f"seed_{flags['seed']}"
+        return Path(flags.get("runs_dir", "runs"), name, flags["env"], seed)
 
     @property
     def directory(self) -> Path:
         """Where the run writes."""
-        f = self.flags
-        name = f.get("name", self.script)
-        return ROOT / f.get("runs_dir", "runs") / name / f["env"] / f"seed_{f['seed']}"
+        return ROOT / self.folder
 
     @property
     def log(self) -> Path:
@@ -70,122 +71,103 @@ class Run:
     @property
     def changed(self) -> list[str]:
         """Settings of which the run in the directory has other values than this one."""
-        if not (path := self.directory / "config.yaml").exists():
+        if not (old := read_yaml(self.directory / "config.yaml")):
             return []
-        old, new = yaml.safe_load(path.read_text()), dataclasses.asdict(config_of(self))
-        return [k for k, v in new.items()
-                if k not in FREE_FIELDS and v not in ("auto", old.get(k))]  # fmt: skip
+        free = set(script_module(self.script).FREE) - {"online_iterations"}
+        new = dataclasses.asdict(config_of(self))
+        return [k for k, v in new.items() if k not in free and v != old.get(k)]
 
     @property
     def state(self) -> str:
         """Finished, crashed (its log ends in an error), started or missing; or changed."""
         if self.changed:
             return "changed"
-        if (self.directory / "summary.yaml").exists():
+        if is_finished(self.directory):
             return "finished"
         if last_line(self.log).startswith("error:"):
             return "crashed"
         return "started" if (self.directory / "config.yaml").exists() else "missing"
 
 
-@functools.cache
 def script_module(script: str):
-    """A script as a module, for its Parser and the fields of its cache keys."""
-    folder = str(ROOT / "algorithms")
-    if folder not in sys.path:
+    """A script as a module, for its TrainConfig and the fields that it compares."""
+    if (folder := str(ROOT / "algorithms")) not in sys.path:
         sys.path.insert(0, folder)
     return importlib.import_module(script)
 
 
+@functools.cache
+def parser_of(script: str):
+    """The parser of a script's command line."""
+    return pyrallis.argparsing.ArgumentParser(script_module(script).TrainConfig)
+
+
 def fields_of(script: str) -> set[str]:
     """Names of a script's settings."""
-    return {field.name for field in dataclasses.fields(script_module(script).Config)}
-
-
-@functools.cache
-def script_parser(script: str):
-    """The script's own parser, whose making takes longer than many parsings."""
-    module = script_module(script)
-    return module.Parser(module.Config, allow_abbrev=False)
+    return {field.name for field in dataclasses.fields(script_module(script).TrainConfig)}
 
 
 def config_of(run: Run):
-    """Settings of a run, by the script's own parser."""
+    """Settings of a run, as the script itself reads them.
+
+    Raises:
+        SystemExit: it would refuse them.
+    """
     flags = run.flags
     if "config_path" in flags:
         flags = flags | {"config_path": ROOT / flags["config_path"]}
     try:
-        return script_parser(run.script).parse_args(Run(run.script, flags).command[2:])
-    except SystemExit as e:
-        sys.exit(f"{e}; the command was {shlex.join(run.command)}")
+        return parser_of(run.script).parse_args(Run(run.script, flags).command[2:])
+    except Exception as e:
+        reason = " ".join(str(e).split())
+        sys.exit(f"error: {reason}; the command was {shlex.join(run.command)}")
 
 
-def shared_parts(run: Run) -> dict[str, tuple]:
-    """What a run takes from the cache: kind and all that the part depends on."""
-    module, cfg = script_module(run.script), config_of(run)
-
-    def values(cfg, names):
-        return tuple((k, getattr(cfg, k)) for k in names if hasattr(cfg, k))
-
-    data = values(cfg, DATA_FIELDS)
-    agent = values(cfg, [*module.OFFLINE_FIELDS, *REWARD_FIELDS])
-    found = {"offline": (module.OFFLINE_METHOD, *data, *agent)}
-    if getattr(cfg, "exchange", "none") == "none":
-        return found
-    found["behavior"] = (*data, *values(cfg, module.BEHAVIOR_FIELDS))
-    if cfg.reference == "resample":  # which gives all states their support actions
-        cfg = dataclasses.replace(cfg, n_support_states=0)
-    if cfg.reference == "resample" or cfg.guidance_scale > 0:
-        found["support"] = (*data, *values(cfg, module.SUPPORT_FIELDS))
-    return found
+# --- Plans ---
 
 
-def make_run(method: str, env: str, seed: int, experiment: Experiment, options: dict) -> Run:
+def make_run(
+    name: str, method: Method, env: str, seed: int, experiment: Experiment, options: dict, **more
+) -> Run:
     """The run of a method without what it waits for; `options` are settings for all runs."""
-    script, settings = METHODS[method]
-    known = fields_of(script)
-    config = experiment.configs.get(script)
+    known, config = fields_of(method.script), experiment.configs.get(method.script)
     flags = {"config_path": config} if config else {}
-    flags |= {"env": env, "seed": seed, **settings, **experiment.settings}
+    flags |= {"env": env, "seed": seed, **method.settings, **experiment.settings}
     flags |= experiment.task_settings.get(env, {})
-    flags |= {k: v for k, v in options.items() if k in known}
-    return Run(script, flags if method == script else flags | {"name": method})
+    flags |= {k: v for k, v in options.items() if k in known} | more
+    return Run(method.script, flags if name == method.script else flags | {"name": name})
 
 
-def preparing_run(kind: str, key: tuple, user: Run, experiment: Experiment, options: dict) -> Run:
-    """The run that makes a shared part.
+def agent_run(method: Method, env: str, seed: int, experiment: Experiment, options: dict) -> Run:
+    """The run that trains the offline agent a method starts from."""
+    make = functools.partial(make_run, f"{PREPARING}{method.agent}", METHODS[method.agent])
+    return make(env, seed, experiment, options, online_iterations=0)
+
+
+def sampler_run(name: str, env: str, experiment: Experiment, options: dict) -> Run:
+    """The run that fills the cache with a method's behavior model and support actions.
+
+    An untrained agent is enough for them, and no other seed needs others.
+    """
+    method = METHODS[name]
+    if "reference" not in method.settings:  # a variant that needs what the method itself does
+        name, method = method.script, METHODS[method.script]
+    less = {"offline_iterations": 0, "online_iterations": 0, "n_episodes": 1}
+    return make_run(f"{PREPARING}{name}", method, env, 0, experiment, options, **less)
+
+
+def check_agent(run: Run, agent: Run):
+    """Refuse a run that would refuse the agent, before hours have gone into that.
 
     Raises:
-        SystemExit: no method in PREPARING makes it, for want of equal settings.
+        SystemExit: their settings differ in what --load_model compares.
     """
-    methods, more = PREPARING[kind]
-    for method in methods.split():
-        seed = more.get("seed", user.flags["seed"])
-        run = make_run(method, user.flags["env"], seed, experiment, options)
-        kind_of_name = method if kind == "offline" else method.replace("dare_iql", "dare")
-        run = Run(run.script, run.flags | more | {"name": f"prepare_{kind_of_name}"})
-        if shared_parts(run).get(kind) == key:
-            return run
-    sys.exit(
-        f"error: no run prepares the {kind} part of {shlex.join(user.command)}: its settings agree "
-        f"with none of {methods}; make them equal in the configuration files"
-    )
-
-
-def with_needs(run: Run, prepared: dict, experiment: Experiment, options: dict) -> Run:
-    """The run with the preparing runs that it waits for; `prepared` has those known by now."""
-    needs = []
-    for kind, key in shared_parts(run).items():
-        if (kind, key) not in prepared:
-            made = preparing_run(kind, key, run, experiment, options)
-            if kind == "support":  # which are drawn from a behavior model
-                behavior = prepared["behavior", shared_parts(made)["behavior"]]
-                waits = behavior.directory != made.directory
-                made = dataclasses.replace(made, needs=(behavior,) if waits else ())
-            prepared[kind, key] = made
-        needs.append(prepared[kind, key])
-    unique = {need.directory: need for need in needs}
-    return dataclasses.replace(run, needs=tuple(unique.values()))
+    mine, others = (dataclasses.asdict(config_of(x)) for x in (run, agent))
+    fields = script_module(run.script).OFFLINE_FIELDS
+    if differing := [key for key in fields if mine[key] != others.get(key)]:
+        sys.exit(f"error: {shlex.join(run.command)} cannot start from the offline agent of "
+                 f"{shlex.join(agent.command)}, which has another {', '.join(differing)}; "
+                 "make them equal in the configuration files")  # fmt: skip
 
 
 def plan(names: list[str], options: dict, methods=None, tasks=None, seeds=None) -> list[Run]:
@@ -199,12 +181,18 @@ def plan(names: list[str], options: dict, methods=None, tasks=None, seeds=None) 
         seeds: seeds instead of the experiments' own, or None.
 
     Raises:
-        SystemExit: two experiments give one run different settings, or parts cannot be shared.
+        SystemExit: two experiments give one run different settings, or an agent cannot be shared.
     """
-    runs, prepared = {}, {}
-    for name in names:
-        experiment = EXPERIMENTS[name]
-        triples = [
+    runs, last_sampler, checked = {}, {}, set()
+
+    def add(run: Run) -> Run:
+        if runs.setdefault(run.directory, run).command != run.command:
+            sys.exit(f"error: experiments differ in the settings of {run.directory}; "
+                     "run them with a --runs_dir each")  # fmt: skip
+        return runs[run.directory]
+
+    for experiment in (EXPERIMENTS[name] for name in names):
+        for name, env, seed in dict.fromkeys(
             (method, env, seed)
             for part, envs in experiment.parts
             for method in part.split()
@@ -212,21 +200,31 @@ def plan(names: list[str], options: dict, methods=None, tasks=None, seeds=None) 
             for seed in (experiment.seeds if seeds is None else seeds)
             if (methods is None or method in methods)
             and (tasks is None or any(task in env for task in tasks))
-        ]
-        for triple in dict.fromkeys(triples):
-            check_options(triple[0], options)
-            run = make_run(*triple, experiment, options)
-            run = with_needs(run, prepared, experiment, options)
-            for new in (*(x for need in run.needs for x in need.needs), *run.needs, run):
-                if runs.setdefault(new.directory, new).command != new.command:
-                    sys.exit(f"error: experiments differ in the settings of {new.directory}; "
-                             "run them with a --runs_dir each")  # fmt: skip
+        ):
+            method = METHODS[name]
+            check_options(name, options)
+            agent = add(agent_run(method, env, seed, experiment, options))
+            needs = [agent]
+            if method.has_reference:
+                sampler = sampler_run(name, env, experiment, options)
+                if sampler.directory not in runs:
+                    # After the one before, which makes what they have in common.
+                    sampler = dataclasses.replace(sampler, needs=last_sampler.get(env, ()))
+                    last_sampler[env] = (sampler,)
+                needs.append(add(sampler))
+            load_model = {"load_model": str(agent.folder / "offline.pt")}
+            run = make_run(name, method, env, seed, experiment, options, **load_model)
+            run = add(dataclasses.replace(run, needs=tuple(needs)))
+            if (name, env) not in checked:  # for one seed as for all
+                check_agent(run, agent)
+                checked.add((name, env))
     return sorted(runs.values(), key=lambda run: run.stage)
 
 
 def check_options(method: str, options: dict):
     """Refuse a --set that would make a method another one; its length is no part of it."""
-    if taken := [k for k in options if k in METHODS[method][1] and k != "online_iterations"]:
+    taken = [k for k in options if k in METHODS[method].settings and k != "online_iterations"]
+    if taken:
         sys.exit(f"error: {method} is defined by --{taken[0]}; leave --set {taken[0]} out, "
                  "or choose other --methods")  # fmt: skip
 
@@ -260,7 +258,7 @@ def git_commit() -> str | None:
 
 
 def start_ray(args):
-    """Start Ray on this machine, or join the cluster at args.address; gives the module."""
+    """Start Ray on this machine, or join the cluster at args.address; returns the module."""
     if sys.platform != "linux":
         sys.exit("error: run is for Linux, where a run ends with its worker; use --dry_run")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -281,72 +279,63 @@ def start_ray(args):
     return ray
 
 
-class Progress:
-    """Which runs are done (their directories); the counts are printed when they have changed."""
+def execute(runs: list[Run], todo: list[Run], ray, args) -> int:
+    """Give Ray every run of `todo` once those that it waits for are finished.
 
-    def __init__(self, runs: list[Run], todo: list[Run]):
-        self.total, self.shown = len(runs), None
-        self.finished = {x.directory for x in runs} - {x.directory for x in todo}
-        self.failed = set()  # or skipped
-
-    def show(self, n_running: int):
-        """One line."""
-        line = (f"{len(self.finished)} of {self.total} finished, {n_running} running, "
-                f"{len(self.failed)} failed")  # fmt: skip
-        if line != self.shown:
-            print(line, flush=True)
-        self.shown = line
-
-
-def execute(runs: list[Run], progress: Progress, ray, args):
-    """Give Ray every run once those that it waits for are finished, until none is left."""
+    Returns:
+        How many failed, or were skipped as they wait for one that did.
+    """
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     task = ray.remote(attempt).options(
         num_cpus=1, num_gpus=1 / args.runs_per_gpu if has_gpus else 0,
         max_retries=args.retries, retry_exceptions=[RuntimeError],
     )  # fmt: skip
-    commit, waiting, tasks = git_commit(), list(runs), {}
+    finished, failed = {run.directory for run in runs} - {run.directory for run in todo}, set()
+    commit, waiting, running, shown = git_commit(), list(todo), {}, None
     try:
-        while waiting or tasks:
+        while waiting or running:
             for run in list(waiting):
-                lost = [need for need in run.needs if need.directory in progress.failed]
-                if lost:
-                    print(f"skipped: {run.directory} waits for {lost[0].directory}", flush=True)
-                    progress.failed.add(run.directory)
-                elif all(need.directory in progress.finished for need in run.needs):
+                needs = {need.directory for need in run.needs}
+                if needs & failed:
+                    print(f"skipped: {run.directory} waits for {min(needs & failed)}", flush=True)
+                    failed.add(run.directory)
+                elif needs <= finished:
                     words = run.command, str(run.directory), str(run.log), commit
-                    tasks[task.remote(*words)] = run
+                    running[task.remote(*words)] = run
                 else:
                     continue
                 waiting.remove(run)
-            done = ray.wait(list(tasks), timeout=1)[0] if tasks else []
-            for ref in done:
-                report(ray, ref, tasks.pop(ref), progress)
+            for ref in ray.wait(list(running), timeout=1)[0] if running else []:
+                run = running.pop(ref)
+                reason = failure(ray, ref, run)
+                (failed if reason else finished).add(run.directory)
+                if reason:
+                    print(f"failed: {run.directory}: {reason}", flush=True)
             used = ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0)
-            progress.show(min(round(used), len(tasks)))
+            n_running = min(round(used), len(running))
+            counts = f"{len(finished)} of {len(runs)} finished, {n_running} running"
+            counts += f", {len(failed)} failed"
+            if counts != shown:
+                print(counts, flush=True)
+            shown = counts
     except KeyboardInterrupt:
         print("stopping: the running ones save a checkpoint", flush=True)
-        for ref in tasks:
+        for ref in running:
             ray.cancel(ref)
-        ray.wait(list(tasks), num_returns=len(tasks))
+        ray.wait(list(running), num_returns=len(running))
         sys.exit("interrupted; the same command goes on from there")
+    return len(failed)
 
 
-def report(ray, ref, run: Run, progress: Progress):
-    """Count a run that has come to its end; one line if it has failed."""
+def failure(ray, ref, run: Run) -> str:
+    """Why a run that has come to its end has failed, in one line; "" if it has not."""
     try:
         ray.get(ref)
-        progress.finished.add(run.directory)
+        return ""
+    except ray.exceptions.RayTaskError as e:
+        return str(e.cause).splitlines()[0]
     except ray.exceptions.RayError as e:
-        died = f"{type(e).__name__}; the last line was: {last_line(run.log)}"
-        reason = e.cause if isinstance(e, ray.exceptions.RayTaskError) else died
-        print(f"failed: {run.directory}: {str(reason).splitlines()[0]}", flush=True)
-        progress.failed.add(run.directory)
-
-
-def interrupt(*_):
-    """SIGTERM as Ctrl-C."""
-    raise KeyboardInterrupt
+        return f"{type(e).__name__}; the last line was: {last_line(run.log)}"
 
 
 # --- Command line ---
@@ -391,21 +380,20 @@ def parse_arguments() -> argparse.Namespace:
     if not all(seed.isdecimal() for seed in args.seeds or []):
         parser.error("--seeds are whole numbers with commas between")
     args.seeds = [int(seed) for seed in args.seeds] if args.seeds else None
-    args.options = parse_options(parser, args)
+    args.options = {"runs_dir": args.runs_dir} if args.runs_dir else {}
+    for pair in args.set:
+        key, equals, value = pair.partition("=")
+        if key in ("env", "seed", "name", "runs_dir", "config_path", "load_model") or not equals:
+            parser.error(f"--set takes KEY=VALUE of a setting of the runs, got {pair}")
+        if not any(key in fields_of(method.script) for method in METHODS.values()):
+            parser.error(f"no script has a setting {key}")
+        args.options[key] = value
     return args
 
 
-def parse_options(parser: OneLineParser, args) -> dict:
-    """--set and --runs_dir as settings of all runs."""
-    options = {"runs_dir": args.runs_dir} if args.runs_dir else {}
-    for pair in args.set:
-        key, equals, value = pair.partition("=")
-        if key in ("env", "seed", "name", "runs_dir", "config_path") or not equals:
-            parser.error(f"--set takes KEY=VALUE of a setting of the runs, got {pair}")
-        if not any(key in fields_of(script) for script in {s for s, _ in METHODS.values()}):
-            parser.error(f"no script has a setting {key}")
-        options[key] = value
-    return options
+def interrupt(*_):
+    """SIGTERM as Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def main():
@@ -423,7 +411,7 @@ def main():
     for run in runs:
         if fields := run.changed:
             sys.exit(f"error: {run.directory} has other settings of {', '.join(fields)}; "
-                     "delete it, or take another --runs_dir")  # fmt: skip
+                     "move it away, or take another --runs_dir")  # fmt: skip
     todo = unfinished(runs)
     if args.dry_run:
         for i, run in enumerate(todo):
@@ -434,11 +422,10 @@ def main():
         return
     ray = start_ray(args)
     signal.signal(signal.SIGTERM, interrupt)
-    progress = Progress(runs, todo)
-    execute(todo, progress, ray, args)
+    n_failed = execute(runs, todo, ray, args)
     ray.shutdown()
-    if progress.failed:
-        sys.exit(f"error: {len(progress.failed)} runs failed or were skipped; their logs say why")
+    if n_failed:
+        sys.exit(f"error: {n_failed} runs failed or were skipped; their logs say why")
 
 
 if __name__ == "__main__":

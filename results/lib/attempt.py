@@ -1,6 +1,7 @@
 """One attempt at a run of grid.py, made in a worker of Ray: its process, log and job.yaml."""
 
 import ctypes
+import importlib.metadata
 import os
 import shlex
 import shutil
@@ -13,7 +14,10 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
-ROOT = Path(__file__).resolve().parents[1]
+from d4rl_gymnasium.files import write
+from lib.experiments import ROOT
+from lib.records import is_finished, read_yaml
+
 POLL_SECONDS = 0.2
 LOCK_SECONDS = 60.0  # that an attempt waits for the end of the one before
 
@@ -26,7 +30,7 @@ def attempt(command: list[str], directory: str, log: str, commit: str | None):
         KeyboardInterrupt: the task was cancelled; the command was told to save and stop.
     """
     directory = Path(directory)
-    if (directory / "summary.yaml").exists():
+    if is_finished(directory):
         return
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -35,19 +39,19 @@ def attempt(command: list[str], directory: str, log: str, commit: str | None):
     except Timeout:
         raise RuntimeError(f"another process is training in {directory}") from None
     path = directory / "job.yaml"
-    job = yaml.safe_load(path.read_text()) if path.exists() else {}
+    job = read_yaml(path)
     spent, memory = job.get("seconds", 0.0), job.get("peak_memory_gb", 0.0)
     # Empty until the attempt's end: of an attempt that was killed with its worker it is not known.
     job = {"command": shlex.join(command), "commit": commit, "hardware": hardware(),
-           "seconds": None, "peak_memory_gb": None,
+           "torch": importlib.metadata.version("torch"), "seconds": None, "peak_memory_gb": None,
            "attempts": job.get("attempts", 0) + 1}  # fmt: skip
-    write_yaml(path, job)
+    write(path, yaml.safe_dump(job, sort_keys=False))
     code, usage, cancelled = run_command(command, Path(log), job["attempts"])
     if spent is not None:
         job["seconds"] = round(spent + usage.ru_utime + usage.ru_stime, 2)
     if memory is not None:
         job["peak_memory_gb"] = round(max(memory, usage.ru_maxrss / 2**20), 3)
-    write_yaml(path, job)
+    write(path, yaml.safe_dump(job, sort_keys=False))
     if cancelled:
         raise KeyboardInterrupt
     if code:
@@ -90,13 +94,6 @@ def run_command(command: list[str], log: Path, number: int) -> tuple:
         except KeyboardInterrupt:
             cancelled = True
             os.kill(process.pid, signal.SIGTERM)
-
-
-def write_yaml(path: Path, values: dict):
-    """Write a YAML file, whole or not at all."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(yaml.safe_dump(values, sort_keys=False))
-    os.replace(partial, path)
 
 
 def hardware() -> str:

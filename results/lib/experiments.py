@@ -1,0 +1,214 @@
+"""Methods, tasks, and the experiments of the paper and of the study, as data."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ENDS = {"medium-expert": "ME", "medium-replay": "MR", "medium": "M"}
+MAZES = {"medium-diverse": "MD", "medium-play": "MP", "umaze-diverse": "UD", "umaze": "U"}
+ROBOTS = {"halfcheetah": "HC", "hopper": "H", "walker2d": "W2D"}
+# Tasks in the paper's order, with their names in its tables.
+LOCOMOTION = {f"{x}-{end}-v2": f"{ROBOTS[x]}-{ENDS[end]}" for end in ENDS for x in ROBOTS}
+ANTMAZE = {f"antmaze-{maze}-v2": f"AM-{MAZES[maze]}" for maze in MAZES}
+TASKS = LOCOMOTION | ANTMAZE
+NO_EXPERT = list(LOCOMOTION)[3:]  # tasks of Tables 3 and 10
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a run of this name is: a script with settings."""
+
+    label: str  # in tables and figures
+    color: str
+    script: str
+    settings: dict = field(default_factory=dict)
+
+    @property
+    def baseline(self) -> str | None:
+        """What the method's scores are compared with."""
+        if self.script in ("cal_ql", "edis_cql", "dare_cql"):
+            return "cal_ql"
+        return "iql" if self.script in ("iql", "pex", "edis_iql", "dare_iql") else None
+
+    @property
+    def agent(self) -> str:
+        """The method whose offline agent fine-tuning starts from."""
+        return "cql" if "calibrated" in self.settings else self.baseline
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether it needs a behavior model."""
+        return self.script.startswith("dare") and self.settings.get("exchange") != "none"
+
+
+UTD10 = {"utd": 10, "online_iterations": 100_000}
+METHODS = {
+    "iql": Method("IQL", "#999999", "iql"),
+    "pex": Method("PEX", "#66AADD", "pex"),
+    "edis_iql": Method("EDIS-I", "#225588", "edis_iql"),
+    "dare_iql": Method("DARE-I", "#D55E00", "dare_iql"),
+    "dare_iv": Method("DARE-IV", "#882255", "dare_iql", {"online_loss": "expectile"}),
+    "dare_iql_n16": Method("DARE-I, n = 16", "#44AA99", "dare_iql", {"max_exchange": 16}),
+    "dare_iql_n32": Method("DARE-I, n = 32", "#117733", "dare_iql", {"max_exchange": 32}),
+    "dare_iql_direct": Method("DARE-I, direct", "#332288", "dare_iql", {"exchange": "direct"}),
+    "dare_iql_no_guidance": Method(
+        "DARE-I, no guidance", "#DDAA33", "dare_iql", {"guidance_scale": 0}
+    ),
+    "dare_iql_no_exchange": Method(
+        "DARE-I, no exchange", "#222222", "dare_iql", {"exchange": "none"}
+    ),
+    "dare_iql_resample": Method(
+        "DARE-I, resampled reference", "#661100", "dare_iql", {"reference": "resample"}
+    ),
+    "dare_iql_reference4": Method(
+        "DARE-I, 4 references", "#EE99AA", "dare_iql", {"n_reference": 4}
+    ),
+    "dare_iql_reference16": Method(
+        "DARE-I, 16 references", "#994455", "dare_iql", {"n_reference": 16}
+    ),
+    "pex_utd10": Method("PEX, UTD = 10", "#4477AA", "pex", UTD10),
+    "edis_iql_utd10": Method("EDIS-I, UTD = 10", "#114466", "edis_iql", UTD10),
+    "dare_iql_utd10": Method("DARE-I, UTD = 10", "#BB4400", "dare_iql", UTD10),
+    "cql": Method("CQL", "#999999", "cal_ql", {"calibrated": "false"}),
+    "cal_ql": Method("Cal-QL", "#66AADD", "cal_ql"),
+    "edis_cql": Method("EDIS-C", "#225588", "edis_cql"),
+    "dare_cql": Method("DARE-C", "#AA3377", "dare_cql"),
+    "dare_cql_n16": Method("DARE-C, n = 16", "#44AA99", "dare_cql", {"max_exchange": 16}),
+    "dare_cql_uncapped": Method("DARE-C, n = ∞", "#999933", "dare_cql", {"max_exchange": "inf"}),
+    "dare_cql_direct": Method("DARE-C, direct", "#332288", "dare_cql", {"exchange": "direct"}),
+    "dare_cql_no_guidance": Method(
+        "DARE-C, no guidance", "#DDAA33", "dare_cql", {"guidance_scale": 0}
+    ),
+    "dare_cql_no_exchange": Method(
+        "DARE-C, no exchange", "#222222", "dare_cql", {"exchange": "none"}
+    ),
+}
+
+
+def kind_of(name: str) -> str | None:
+    """The longest key of METHODS that a run's name is or begins with; None if there is none."""
+    found = [key for key in METHODS if name == key or name.startswith(key + "_")]
+    return max(found, key=len, default=None)
+
+
+def method_of(name: str) -> Method:
+    """The method of a run's name: another name than those in METHODS is its own label."""
+    if name in METHODS:
+        return METHODS[name]
+    kind = kind_of(name)
+    return replace(METHODS[kind], label=name) if kind else Method(name, "#000000", "unknown")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Methods x tasks x seeds: the runs of a table or figure.
+
+    Methods are names with spaces between; in a table of the paper each part is a group of columns.
+    """
+
+    title: str
+    parts: list[tuple[str, list[str]]]
+    seeds: tuple = (0, 1, 2, 3, 4)
+    configs: dict = field(default_factory=dict)  # configuration file by script
+    settings: dict = field(default_factory=dict)  # of all runs
+    task_settings: dict = field(default_factory=dict)  # by task, over the others
+    until: int = 200_000  # online step whose scores a table has
+    sums: bool = False  # a table's rows are sums over the three robots
+    shows: str = "score"  # of figures: score, exchanged or sign; differences: from DARE
+
+    @property
+    def methods(self) -> list[str]:
+        """All methods, each once."""
+        return list(dict.fromkeys(m for part, _ in self.parts for m in part.split()))
+
+    @property
+    def tasks(self) -> list[str]:
+        """All tasks, each once."""
+        return list(dict.fromkeys(task for _, tasks in self.parts for task in tasks))
+
+
+def _group(title: str, methods: str, tasks, **more) -> Experiment:
+    """Methods with a bar between groups, all on the same tasks."""
+    return Experiment(title, [(part, list(tasks)) for part in methods.split("|")], **more)
+
+
+CQL_GROUP, IQL_GROUP = "cql cal_ql edis_cql dare_cql", "iql pex edis_iql dare_iql"
+CQL_CAPS = "dare_cql_n16 dare_cql dare_cql_uncapped"
+UTD10_GROUP = "edis_iql_utd10 pex_utd10 dare_iql_utd10"
+CQL_ABLATION = "dare_cql_no_guidance dare_cql_no_exchange dare_cql"
+IQL_ABLATION = "dare_iql_no_guidance dare_iql_no_exchange dare_iql"
+UNCAPPED = "dare_cql dare_cql_uncapped|dare_iql"
+PAPER_TABLES = {
+    "table1": _group("Online fine-tuning", f"{CQL_GROUP}|{IQL_GROUP}", TASKS),
+    "table2": _group("Maximum exchange n", "dare_cql dare_cql_uncapped|dare_iql_n32 dare_iql",
+                     LOCOMOTION, sums=True),
+    "table3": _group("Ten updates a step (UTD = 10)", UTD10_GROUP, NO_EXPERT, until=100_000),
+    "table8": _group("Offline training, before fine-tuning", "cql cal_ql iql", TASKS, until=0),
+    "table9": _group("Maximum exchange n of DARE-C", CQL_CAPS, LOCOMOTION, sums=True),
+    "table10": _group("One and ten updates a step", f"pex edis_iql dare_iql|{UTD10_GROUP}",
+                      NO_EXPERT, until=100_000),
+    "table11": _group("Online losses of DARE-I", "dare_iv dare_iql_no_exchange dare_iql",
+                      LOCOMOTION),
+}  # fmt: skip
+FIGURES = {
+    "fig2": _group("Exchanged pairs, locomotion", UNCAPPED, LOCOMOTION, shows="exchanged"),
+    "fig3": _group("Gaussian or direct exchange", "dare_cql_direct dare_cql", TASKS),
+    "fig4": _group("Ablation of DARE-I", IQL_ABLATION, TASKS),
+    "fig5": _group("CQL group, locomotion", CQL_GROUP, LOCOMOTION),
+    "fig6": _group("CQL group, AntMaze", CQL_GROUP, ANTMAZE),
+    "fig7": _group("IQL group, locomotion", IQL_GROUP, LOCOMOTION),
+    "fig8": _group("IQL group, AntMaze", IQL_GROUP, ANTMAZE),
+    "fig9": _group("Exchanged pairs", UNCAPPED, TASKS, shows="exchanged"),
+    "fig10": _group("Maximum exchange n of DARE-C, 32 by default", CQL_CAPS, LOCOMOTION),
+    "fig11": _group("Maximum exchange n of DARE-I, ∞ by default",
+                    "dare_iql_n16 dare_iql_n32 dare_iql", LOCOMOTION),
+    "fig12": _group("Ten updates a step", UTD10_GROUP, NO_EXPERT),
+    "fig13": _group("Ablation of DARE-C, locomotion", CQL_ABLATION, LOCOMOTION),
+    "fig14": _group("Ablation of DARE-I, locomotion", IQL_ABLATION, LOCOMOTION),
+}  # fmt: skip
+# Pictures beyond the paper, of whatever runs there are.
+_VARIANTS = [m for m in METHODS if not m.endswith("utd10")]
+_CQL, _IQL = (
+    " ".join([m for m in _VARIANTS if METHODS[m].baseline == base and m != dare] + [dare])
+    for base, dare in (("cal_ql", "dare_cql"), ("iql", "dare_iql"))
+)
+PICTURES = FIGURES | {
+    "fig3-iql": _group("Gaussian or direct exchange", "dare_iql_direct dare_iql", TASKS),
+    "sign": _group("Which half scores higher", "dare_cql|dare_iql_no_guidance dare_iql", TASKS,
+                   shows="sign"),
+    "study": _group("Last-four mean minus that of DARE-I, by seed", _IQL, TASKS,
+                    shows="differences"),
+    "study-cql": _group("Last-four mean minus that of DARE-C, by seed", _CQL, TASKS,
+                        shows="differences"),
+}  # fmt: skip
+
+STUDY_TASKS = """hopper-medium-replay-v2 hopper-medium-v2 walker2d-medium-v2 halfcheetah-medium-v2
+    antmaze-umaze-v2""".split()
+STUDY = Experiment(
+    "The study, at sizes for two CPU cores",
+    [
+        (f"iql pex {IQL_ABLATION} dare_iql_direct dare_iv", STUDY_TASKS),
+        ("cal_ql dare_cql dare_iql_resample", [STUDY_TASKS[0], STUDY_TASKS[3]]),
+        ("dare_iql_reference4 dare_iql_reference16", STUDY_TASKS[:1]),
+    ],
+    configs={
+        "iql": "results/study.yaml",
+        "pex": "results/study.yaml",
+        "dare_iql": "results/study_dare.yaml",
+        "cal_ql": "results/study_cql.yaml",
+        "dare_cql": "results/study_dare_cql.yaml",
+    },
+    settings={"data": "regenerated"},
+    # 20,000 updates leave every seed at a success rate of 0 there, and 10 episodes are coarse.
+    task_settings={
+        "antmaze-umaze-v2": {
+            "offline_iterations": 60_000,
+            "offline_eval_freq": 20_000,
+            "n_episodes": 20,
+        }
+    },
+)
+EXPERIMENTS = PAPER_TABLES | FIGURES
+EXPERIMENTS["fig1"] = _group("Distribution shift of one run", "dare_iql", ["halfcheetah-medium-v2"])
+EXPERIMENTS["paper"] = Experiment("All", [part for x in EXPERIMENTS.values() for part in x.parts])
+EXPERIMENTS["study"] = STUDY

@@ -1,0 +1,268 @@
+"""Finished runs, as they lie in a runs directory or as committed records."""
+
+import csv
+import io
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from d4rl_gymnasium.files import write
+
+KEY = "method", "env", "seed"  # before the columns of the scripts' eval.csv and train.csv
+# Settings that are text whatever they look like: a commit can be 4829103 or 12e4567.
+TEXT = "method", "env", "name", "data", "load_model", "commit", "command", "hardware", "torch"
+PREPARING = "prepare_"  # begins the names of runs that only make what others start from
+# What the tables say of every run.
+SIZES = "offline_iterations", "batch_size", "hidden_dim"
+REQUIRED = "data", "regenerated_size", "online_iterations", *SIZES
+# The paper's sizes of DARE (App. B.5) and EDIS (Table 6), which the tables do not state.
+FULL_SIZE = {
+    "behavior_iterations": 600_000,
+    "behavior_batch_size": 4096,
+    "energy_hidden": 256,
+    "model_iterations": 50_000,
+}
+
+
+@dataclass
+class Record:
+    """A finished run. Rows are dictionaries; numbers are floats and empty cells are left out.
+
+    `settings` are the run's config.yaml and, of a run of grid.py, its job.yaml (command, commit,
+    hardware, seconds).
+    """
+
+    method: str
+    env: str
+    seed: int
+    settings: dict
+    eval: list[dict]
+    train: list[dict]
+
+    @property
+    def n_steps(self) -> int:
+        """Online steps."""
+        return int(self.settings["online_iterations"])
+
+    def scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and normalized scores of the online evaluations."""
+        rows = [row for row in self.eval if row["phase"] == "online"]
+        return tuple(np.array([row[k] for row in rows]) for k in ("step", "d4rl_normalized_score"))
+
+    @property
+    def offline_score(self) -> float:
+        """Score at online step 0: of the agent that fine-tuning starts from."""
+        return float(self.scores()[1][0])
+
+    @property
+    def last_four(self) -> float:
+        """Mean score of the last four online evaluations, as in Table 1; of none, offline_score."""
+        scores = self.scores()[1]
+        return float(np.mean(scores[1:][-4:] if len(scores) > 1 else scores))
+
+    @property
+    def best(self) -> float:
+        """Highest score of an online evaluation, step 0 included."""
+        return float(self.scores()[1].max())
+
+    def log(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of a column of the online log rows that have it."""
+        rows = [row for row in self.train if row["phase"] == "online" and column in row]
+        return np.array([row["step"] for row in rows]), np.array([row[column] for row in rows])
+
+    def until(self, step: int) -> "Record":
+        """The run as it was at an online step, if it went on beyond."""
+        if self.n_steps <= step:
+            return self
+        kept = [row for row in self.eval if row["phase"] != "online" or row["step"] <= step]
+        return replace(self, eval=kept, settings=self.settings | {"online_iterations": step})
+
+    @property
+    def origin(self) -> tuple:
+        """Data, offline updates, batch and layers: what runs need in common to be compared."""
+        data = self.settings["data"]
+        data = data if data.startswith("minari:") else Path(data).name
+        if data == "regenerated":
+            data += f" ({int(self.settings['regenerated_size']):,} transitions)"
+        return data, *(int(self.settings[k]) for k in SIZES)
+
+    @property
+    def sizes(self) -> str:
+        """Data and sizes as text."""
+        return described(*self.origin, self.n_steps)
+
+    @property
+    def is_full_size(self) -> bool:
+        """Whether the behavior model, the energy and EDIS have the paper's sizes."""
+        return all(float(self.settings.get(k, v)) == v for k, v in FULL_SIZE.items())
+
+
+def described(data: str, offline: int, batch: int, hidden: int, online: int) -> str:
+    """Data and sizes as text."""
+    return (
+        f"data {data}, {offline:,} offline updates, {online:,} online steps, "
+        f"batches of {batch}, layers of {hidden}"
+    )
+
+
+def sizes_of(records: list[Record]) -> str:
+    """Data and sizes of runs, each once."""
+    return " and ".join(sorted({r.sizes for r in records}))
+
+
+# --- Runs directories ---
+
+
+def read_yaml(path: Path) -> dict:
+    """Values of a YAML file; none where there is no file."""
+    return yaml.safe_load(path.read_text()) if path.exists() else {}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a CSV file without their empty cells; none where there is no file."""
+
+    def value(key: str, text: str):
+        try:
+            return text if key in TEXT else float(text)
+        except ValueError:
+            return text
+
+    if not path.exists():
+        return []
+    with open(path, newline="") as f:
+        return [{k: value(k, x) for k, x in row.items() if x} for row in csv.DictReader(f)]
+
+
+def is_finished(directory: Path, steps: int | None = None) -> bool:
+    """Whether the run in a directory has its last log row and its last evaluation.
+
+    Args:
+        directory: of the run.
+        steps: online steps that it shall have; by default those of its config.yaml.
+    """
+    if not (config := read_yaml(directory / "config.yaml")):
+        return False
+    steps = config["online_iterations"] if steps is None else steps
+    ends = [
+        [(row["phase"], row["step"]) for row in read_rows(directory / f"{kind}.csv")][-1:]
+        for kind in ("train", "eval")
+    ]
+    logged = ends[0] == [("online", steps)] or steps == 0
+    return logged and ends[1] == [("online", steps - steps % config["eval_freq"])]
+
+
+def read_run(directory: Path) -> Record:
+    """The record of a finished run's directory."""
+    found = read_yaml(directory / "config.yaml") | read_yaml(directory / "job.yaml")
+    settings = {k: v for k, v in found.items() if v is not None}
+    method, env, seed = directory.parts[-3:]
+    rows = [read_rows(directory / f"{kind}.csv") for kind in ("eval", "train")]
+    return Record(method, env, int(seed.removeprefix("seed_")), settings, *rows)
+
+
+def read_runs(runs_dir: Path, preparing: bool = False) -> list[Record]:
+    """Records of the finished runs in a runs directory, or of the preparing ones of grid.py."""
+    found = [path.parent for path in sorted(runs_dir.glob("*/*/seed_*/config.yaml"))]
+    found = [x for x in found if x.parts[-3].startswith(PREPARING) == preparing]
+    return [read_run(directory) for directory in found if is_finished(directory)]
+
+
+# --- Committed records ---
+
+
+def read_records(path: Path) -> list[Record]:
+    """Records of the finished runs in a runs directory, or those that write_records wrote.
+
+    Raises:
+        ValueError: there are none, or one does not say its data or sizes.
+    """
+    found = read_runs(path)
+    if not found and not (path / "runs.csv").exists():
+        raise ValueError(f"{path} has neither finished runs nor runs.csv")
+    if not found:
+        rows = {kind: defaultdict(list) for kind in ("eval", "train")}
+        for kind, runs in rows.items():
+            for row in read_rows(path / f"{kind}.csv"):
+                runs[tuple(row.pop(k) for k in KEY)].append(row)
+        for settings in read_rows(path / "runs.csv"):
+            method, env, seed = key = tuple(settings.pop(k) for k in KEY)
+            found.append(
+                Record(method, env, int(seed), settings, rows["eval"][key], rows["train"][key])
+            )
+    for record in found:
+        if missing := [key for key in REQUIRED if key not in record.settings]:
+            where = f"{record.method}/{record.env}/seed_{record.seed}"
+            raise ValueError(f"the run {where} does not say its {missing[0]}; leave it out")
+    return found
+
+
+def csv_text(rows: list[dict]) -> str:
+    """Rows as CSV with the union of their columns; floats to six digits, which halve the files."""
+    text = io.StringIO()
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
+    return text.getvalue()
+
+
+def write_records(runs_dir: Path, folder: Path):
+    """Write runs.csv, eval.csv and train.csv (online rows) of the finished runs in a directory.
+
+    prepared.csv has what the preparing runs of grid.py cost.
+
+    Raises:
+        ValueError: there are no finished runs.
+    """
+    if not (records := read_runs(runs_dir)):
+        raise ValueError(f"{runs_dir} has no finished runs")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def key(record: Record) -> dict:
+        return dict(zip(KEY, (record.method, record.env, record.seed), strict=True))
+
+    def settings(record: Record) -> dict:
+        return {k: v for k, v in record.settings.items() if k not in KEY}
+
+    def rows(kind: str) -> list[dict]:
+        return [key(r) | row for r in records for row in getattr(r, kind)
+                if kind == "eval" or row["phase"] == "online"]  # fmt: skip
+
+    write(folder / "runs.csv", csv_text([key(r) | settings(r) for r in records]))
+    for kind in ("eval", "train"):
+        write(folder / f"{kind}.csv", csv_text(rows(kind)))
+    jobs = "command", "commit", "hardware", "seconds", "peak_memory_gb", "attempts"
+    if prepared := read_runs(runs_dir, preparing=True):
+        costs = [
+            {"prepared": r.method.removeprefix(PREPARING), "env": r.env, "seed": r.seed}
+            | {k: r.settings[k] for k in jobs if k in r.settings}
+            for r in prepared
+        ]
+        write(folder / "prepared.csv", csv_text(costs))
+
+
+# --- Runs in pairs ---
+
+
+def by_seed(records: list[Record]) -> dict:
+    """Runs as {(method, task): {seed: run}}."""
+    runs = defaultdict(dict)
+    for record in records:
+        runs[record.method, record.env][record.seed] = record
+    return dict(runs)
+
+
+def matched(runs: dict, methods: list[str], task: str, until: int = 200_000) -> list[tuple]:
+    """Tuples of one run a method: seeds that all have, of one origin, cut at the same step."""
+    groups = [runs.get((method, task), {}) for method in methods]
+    found = []
+    for seed in sorted(set.intersection(*map(set, groups))):
+        records = [group[seed] for group in groups]
+        if len({r.origin for r in records}) == 1:
+            steps = min(until, *(r.n_steps for r in records))
+            found.append(tuple(r.until(steps) for r in records))
+    return found

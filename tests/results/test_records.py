@@ -1,0 +1,100 @@
+"""Finished runs, their records, and pairs of them."""
+
+import numpy as np
+import pytest
+import yaml
+from synthetic import HC, H, flat, run, write_runs
+
+from lib import records
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A finished run of 200 online steps with an evaluation every 60."""
+    folder = tmp_path / "iql" / H / "seed_3"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("{online_iterations: 200, eval_freq: 60}")
+    (folder / "train.csv").write_text("phase,step,q_loss\noffline,50,1\nonline,200,1\n")
+    scores = "offline,50,9\nonline,0,1\nonline,180,2\n"
+    (folder / "eval.csv").write_text(f"phase,step,d4rl_normalized_score\n{scores}")
+    return folder
+
+
+def test_a_run_is_finished_with_its_last_log_row_and_its_last_evaluation(directory):
+    assert records.is_finished(directory)
+    evaluations = (directory / "eval.csv").read_text()
+    (directory / "eval.csv").write_text(evaluations.replace("online,180", "online,120"))
+    assert not records.is_finished(directory)  # killed in the last evaluation
+    (directory / "eval.csv").write_text(evaluations)
+    (directory / "train.csv").write_text("phase,step,q_loss\nonline,199,1\n")
+    assert not records.is_finished(directory)
+    (directory / "train.csv").unlink()
+    assert not records.is_finished(directory)
+    assert not records.is_finished(directory.parent)
+
+
+def test_a_run_without_online_steps_is_finished_with_its_score_at_step_0(directory):
+    (directory / "config.yaml").write_text("{online_iterations: 0, eval_freq: 60}")
+    (directory / "train.csv").write_text("phase,step,q_loss\noffline,50,1\n")
+    (directory / "eval.csv").write_text("phase,step,d4rl_normalized_score\noffline,50,9\n")
+    assert not records.is_finished(directory)
+    (directory / "eval.csv").write_text("phase,step,d4rl_normalized_score\nonline,0,9\n")
+    assert records.is_finished(directory)
+
+
+def test_records_are_read_back(tmp_path):
+    scores = [2.5, *(10 * i + 0.125 for i in range(1, 7))]
+    train = [{"phase": "offline", "step": 5}, {"phase": "online", "step": 1, "separation": 0.5}]
+    first = run("dare_iql", H, 3, scores, train, online_iterations=60, eval_freq=10)
+    runs = write_runs([first], tmp_path / "runs")
+    job = {"commit": "12e4567", "seconds": None, "hardware": "2 cores"}
+    (runs / "dare_iql" / H / "seed_3" / "job.yaml").write_text(yaml.safe_dump(job))
+    prepared = run("prepare_iql", H, 0, [1], online_iterations=0, seconds=5.5)
+    write_runs([prepared], runs)  # no result
+    unfinished = write_runs([run("pex", H, 0, [1, 2])], runs) / "pex" / H / "seed_0"
+    (unfinished / "train.csv").unlink()
+    records.write_records(runs, tmp_path / "records")
+    for path in (runs, tmp_path / "records"):
+        (found,) = records.read_records(path)
+        assert (found.method, found.env, found.seed) == ("dare_iql", H, 3)
+        assert found.settings["data"] == "regenerated" and found.settings["batch_size"] == 256
+        assert found.settings["commit"] == "12e4567" and "seconds" not in found.settings
+        assert found.offline_score == 2.5 and found.best == 60.125 and found.n_steps == 60
+        assert found.last_four == pytest.approx((30 + 40 + 50 + 60) / 4 + 0.125)
+        assert found.scores()[0].tolist() == [0, 10, 20, 30, 40, 50, 60]
+        assert [x.tolist() for x in found.log("separation")] == [[1], [0.5]]
+    (row,) = records.read_rows(tmp_path / "records" / "prepared.csv")
+    assert row == {"prepared": "iql", "env": H, "seed": 0, "seconds": 5.5}
+    assert "offline" not in (tmp_path / "records" / "train.csv").read_text()
+
+
+def test_what_is_missing_is_said(tmp_path):
+    with pytest.raises(ValueError, match="has neither finished runs nor runs.csv"):
+        records.read_records(tmp_path)
+    with pytest.raises(ValueError, match="has no finished runs"):
+        records.write_records(tmp_path, tmp_path / "records")
+    record = run("iql", H, 0, [1, 2], eval_freq=40_000)
+    del record.settings["hidden_dim"]
+    write_runs([record], tmp_path)
+    with pytest.raises(ValueError, match=f"iql/{H}/seed_0 does not say its hidden_dim"):
+        records.read_records(tmp_path)
+
+
+def test_the_origin_names_the_data_without_its_folder():
+    assert run("iql", H, 0, [1], data="/somewhere/mixed.hdf5").sizes.startswith("data mixed.hdf5,")
+    assert "minari:a/b-v0" in run("iql", H, 0, [1], data="minari:a/b-v0").sizes
+
+
+def test_matched_runs_share_seed_origin_and_steps():
+    group = flat("iql", H, [1, 2, 3]) + flat("iql", HC, [1])
+    other = [run("pex", H, s, [0, 5, 6], online_iterations=20_000) for s in (1, 2, 3)]
+    other[0].settings["batch_size"] = 64
+    ((first, second),) = records.matched(records.by_seed(group + other), ["iql", "pex"], H)
+    assert (first.seed, second.seed) == (2, 2)
+    assert first.scores()[0].tolist() == [0, 10_000, 20_000] and first.n_steps == 20_000
+    assert records.matched(records.by_seed(group), ["iql", "pex"], H) == []
+
+
+def test_floats_are_written_to_six_digits():
+    text = records.csv_text([{"a": 1 / 3, "b": 7}, {"a": np.float64(2e9), "c": "x"}])
+    assert text == "a,b,c\n0.333333,7,\n2e+09,,x\n"
