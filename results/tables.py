@@ -39,11 +39,6 @@ from lib.statistics import bootstrap, iqm, mean_of_tasks, t_interval
 from lib.table import PAPER_SIZES, Cell, Table, difference, summary
 
 RECORDS = ROOT / "results" / "study"
-DATA = ROOT / "results" / "regenerated.csv"
-# Mean normalized scores of the episodes in D4RL's own files: 100 (mean return - random) / (expert -
-# random), with the mean returns of its files that public code on Decision Transformer lists
-# (halfcheetah 4,770.3, hopper 1,422.1, walker2d 2,852.1) and D4RL's reference scores.
-ORIGINALS = {"halfcheetah-medium-v2": 40.7, "hopper-medium-v2": 44.3, "walker2d-medium-v2": 62.1}
 
 
 # --- Tables of the paper ---
@@ -366,34 +361,10 @@ def study_block() -> str:
     return f"{made_with(runs)}\n{table.markdown()}"
 
 
-def data_block() -> str:
-    """Table of the regenerated data sets, from what `describe --csv` wrote."""
-    rows = []
-    with open(DATA, newline="") as f:
-        for row in csv.DictReader(f):
-            success, saturated = row["success_rate"], 100 * float(row["action_saturation"])
-            rows.append({
-                "task": row["env"],
-                "episodes": f"{int(row['episodes']):,}",
-                "mean score": row["score mean"],
-                "10% to 90%": f"{row['score 10%']} to {row['score 90%']}",
-                "D4RL's mean": ORIGINALS.get(row["env"]),
-                "terminals": f"{int(row['terminals']):,}",
-                "timeouts": f"{int(row['timeouts']):,}",
-                "at bounds": f"{saturated:.1f}%",
-                "success": f"{100 * float(success):.0f}%" if success else None,
-                "cells visited": row["visited_cells"],
-            })  # fmt: skip
-    return Table("Regenerated data, 200,000 transitions a task", rows).markdown()
-
-
-PAGES = {  # written as a whole
-    "results/study/README.md": study_page,
-    "results/regenerated.md": data_block,
-}
+PAGES = {"results/study/README.md": study_page}  # written as a whole
 # Written between the marks <!-- NAME: python results/tables.py pages --> and <!-- end of NAME -->,
 # in those of these pages that have them.
-BLOCKS = {"study": study_block, "data": data_block}
+BLOCKS = {"study": study_block}
 MARKED = "README.md", "algorithms/README.md", "d4rl_gymnasium/README.md", "results/README.md"
 
 
