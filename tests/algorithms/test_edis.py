@@ -564,7 +564,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize(
-    "settings, named", [({"model_lr": 1e9}, "model_loss"), ({"energy_lr": 1e9}, "state_loss")]
+    "settings, named",
+    [({"model_lr": 1e9}, "model_loss"), ({"energy_lr": 1e9}, "(state|action|dynamics)_loss")],
 )
 def test_a_training_that_breaks_ends_the_run(tmp_path, settings, named):
     message = f"{named} is not finite in a training of EDIS's model"
