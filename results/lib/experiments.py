@@ -74,7 +74,7 @@ METHODS = {
     "edis_cql": Method("EDIS-C", "#225588", "edis_cql"),
     "dare_cql": Method("DARE-C", "#AA3377", "dare_cql"),
     "dare_cql_n16": Method("DARE-C, n = 16", "#44AA99", "dare_cql", {"max_exchange": 16}),
-    "dare_cql_uncapped": Method("DARE-C, n = ∞", "#999933", "dare_cql", {"max_exchange": "inf"}),
+    "dare_cql_uncapped": Method("DARE-C, n = ∞", "#999933", "dare_cql", {"max_exchange": 10**6}),
     "dare_cql_direct": Method("DARE-C, direct", "#332288", "dare_cql", {"exchange": "direct"}),
     "dare_cql_no_guidance": Method(
         "DARE-C, no guidance", "#DDAA33", "dare_cql", {"guidance_scale": 0}

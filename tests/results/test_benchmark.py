@@ -1,6 +1,5 @@
 """results/benchmark.py: that every computation runs and is counted."""
 
-import importlib
 import sys
 
 import pytest
@@ -32,8 +31,6 @@ def test_products_are_counted():
     assert counter.flop == 2 * (2 * 3 * 7 * 5)  # forward, and the gradient of the weights
 
 
-@pytest.mark.skipif(not hasattr(importlib.import_module("cal_ql"), "TrainConfig"),
-                    reason="waits for cal_ql.py's TrainConfig")  # fmt: skip
 def test_computations(program, tmp_path):
     path = tmp_path / "times.csv"
     for name in ("iql", "cal_ql update, 3", "buffer", "acting", "energy", "100 environment"):

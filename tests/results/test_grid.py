@@ -48,9 +48,6 @@ TINY_DARE = {
     "n_support_states": "50",
     "diffusion_steps": "2",
 }
-SCRIPTS = sorted({method.script for method in METHODS.values()})
-REWRITTEN = all(hasattr(importlib.import_module(script), "TrainConfig") for script in SCRIPTS)
-waits = pytest.mark.skipif(not REWRITTEN, reason="waits for the other scripts' TrainConfig")
 
 
 @pytest.fixture
@@ -79,7 +76,6 @@ def test_experiments_are_methods_and_tasks_that_exist():
     assert all(set(x.tasks) <= set(TASKS) for x in EXPERIMENTS.values())
 
 
-@waits
 @pytest.mark.parametrize("name", ["paper", "study"])
 def test_printed_commands_are_unique_and_parse(program, monkeypatch, name):
     monkeypatch.chdir(ROOT)
@@ -97,7 +93,6 @@ def test_printed_commands_are_unique_and_parse(program, monkeypatch, name):
     assert len(set(commands)) == len(directories) == len(commands)
 
 
-@waits
 def test_table1():
     """Its runs, and the preparing ones against a count of what the methods start from."""
     runs = grid.plan(["table1"], {})
@@ -115,7 +110,6 @@ def test_table1():
     assert all(run.flags["online_iterations"] == 0 for run in runs if run not in users)
 
 
-@waits
 def test_the_same_run_of_several_experiments_is_one():
     only = {"tasks": [ENV, "umaze-v2"], "seeds": [0]}
     names = ["table1", "table8", "fig5", "fig8"]
@@ -124,7 +118,6 @@ def test_the_same_run_of_several_experiments_is_one():
         grid.plan(["table1", "study"], {}, ["iql"], [ENV], [0])
 
 
-@waits
 def test_stages_of_the_study():
     runs = grid.plan(["study"], {}, tasks=["hopper-medium-replay"], seeds=[2])
     needs = {name: names_of(run.needs) for name, run in zip(names_of(runs), runs, strict=True)}
@@ -138,7 +131,6 @@ def test_stages_of_the_study():
     assert [needs[name] for name in chain[1:]] == [chain[:1], chain[1:2]]
 
 
-@waits
 def test_settings_of_a_task_hold_for_it_alone_and_for_its_agents():
     runs = grid.plan(["study"], {}, tasks=["umaze", "walker2d"], seeds=[1])
     runs = [r for r in runs if not r.flags.get("name", "").startswith("prepare_dare")]
@@ -208,10 +200,8 @@ def test_states_and_what_is_left_to_do(program, tmp_path, monkeypatch):
         (["list", "table1", "--set", "env=x"], "--set takes KEY=VALUE"),
         (["run", "table1", "--retries", "-1"], "--retries at least 0"),
         (["run", "table1", "--frobnicate"], "unrecognized arguments"),
-        pytest.param(["list", "table1", "--set", "beat=1"], "no script has a setting beat",
-                     marks=waits),
-        pytest.param(["list", "table8", "--set", "calibrated=true"],
-                     "cql is defined by --calibrated", marks=waits),
+        (["list", "table1", "--set", "beat=1"], "no script has a setting beat"),
+        (["list", "table8", "--set", "calibrated=true"], "cql is defined by --calibrated"),
         (["list", "table8", "--methods", "iql", "--set", "n_episodes=few"], "value='few'"),
     ],
 )  # fmt: skip
@@ -222,7 +212,6 @@ def test_errors_are_one_line(program, args, message):
     assert "\n" not in stop.value.code
 
 
-@waits
 @pytest.mark.parametrize("script", STUDY.configs)
 def test_the_last_four_evaluations_of_the_study_come_after_updates(script):
     words = ["--config_path", str(ROOT / STUDY.configs[script]), "--env", ENV]
@@ -241,7 +230,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@waits
 def test_users_start_from_the_offline_agents_and_find_the_cache(tmp_path, one_thread):
     """The commands of a plan, run here: after the preparing runs nothing is made twice."""
     options = TINY | TINY_DARE | {"runs_dir": str(tmp_path), "cql_n_actions": "2"}
