@@ -463,14 +463,14 @@ class Run:
         self.n_steps = 0  # since the last row of train.csv
         self.clock = self.last_save = time.perf_counter()
 
-    def wandb_init(self) -> wandb.Run:
+    def wandb_init(self):
         """Write config.yaml and start logging to wandb."""
         settings = {k: v for k, v in asdict(self.config).items() if k not in ("name", "runs_dir")}
         write(self.dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-        return wandb.init(
+        self.wandb = wandb.init(
             project=self.config.project, group=f"{self.config.name}-{self.config.env}",
             mode=self.config.wandb, id=self.checkpoint["wandb"], resume="allow", dir=self.dir,
-            config=settings, settings=wandb.Settings(silent=True),
+            config=settings, settings=wandb.Settings(silent=True), reinit="finish_previous",
         )  # fmt: skip
 
     def add(self, log_dict: dict[str, torch.Tensor]):
@@ -496,8 +496,7 @@ class Run:
         rows.append({"phase": phase, "step": step, **row})
         columns = dict.fromkeys(name for row in rows for name in row)
         lines = [[str(row.get(name, "")) for name in columns] for row in rows]
-        table = "".join(",".join(line) + "\n" for line in [columns, *lines])
-        write(self.dir / f"{kind}.csv", table)
+        write(self.dir / f"{kind}.csv", "".join(",".join(line) + "\n" for line in [columns, *lines]))
         self.wandb.log({f"{phase}/{name}": x for name, x in row.items()} | {f"{phase}/step": step})
 
     def after_step(self, phase: str, step: int, last: int, parts: dict, evaluate):
@@ -602,7 +601,8 @@ def train(config: TrainConfig):
     eval_envs = d4rl.make_eval_envs(config.env, config.n_episodes)
 
     run = Run(config)
-    with run.lock, run.wandb_init() as run.wandb:
+    with run.lock:
+        run.wandb_init()
         torch.manual_seed(config.seed)
         trainer = ImplicitQLearning(*dims, config)
 
