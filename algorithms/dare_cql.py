@@ -702,8 +702,8 @@ class Run:
         rows = self.rows.setdefault(kind, [])
         rows.append({"phase": phase, "step": step, **row})
         columns = dict.fromkeys(name for row in rows for name in row)
-        lines = [[str(row.get(name, "")) for name in columns] for row in rows]
-        write(self.dir / f"{kind}.csv", "".join(",".join(line) + "\n" for line in [columns, *lines]))
+        lines = [",".join(str(row.get(name, "")) for name in columns) for row in rows]
+        write(self.dir / f"{kind}.csv", "\n".join([",".join(columns), *lines, ""]))
         self.wandb.log({f"{phase}/{name}": x for name, x in row.items()} | {f"{phase}/step": step})
 
     def after_step(self, phase: str, step: int, last: int, parts: dict, evaluate):
