@@ -39,6 +39,8 @@ def passes(request, monkeypatch, tmp_path):
             noise = torch.randn(len(states), 2, 3)
             noise[: len(offline_rows) // 2] *= 5.0
             here = {"sampler": self, "states": states, "i": offline_rows, "j": online_rows}
+            halves = zip(buffers, (offline_rows, online_rows), strict=True)
+            here |= {"halves": [buffer.rows(index) for buffer, index in halves]}
             found.append(here | {"references": noise})
             return noise
 
@@ -79,7 +81,7 @@ def test_rows_change_sides_by_their_scores(passes, settings):
     script, logged = result.script, rows(result.path, "train", "online")[-2:]
     for here, row in zip(result.found, logged, strict=True):
         # Line 5: the rows that were drawn, 16 of each buffer.
-        halves = [b.rows(k) for b, k in zip(result.buffers, (here["i"], here["j"]), strict=True)]
+        halves = here["halves"]
         assert [len(x.rewards) for x in halves] == [16, 16]
         states, actions = (torch.cat([x[k] for x in halves]) for k in (0, 1))
         assert torch.equal(here["states"], states)
