@@ -54,7 +54,7 @@ def test_returns_of_both_buffers_are_those_of_their_rewards(monkeypatch, tmp_pat
     def watched(env, action):
         transition = step(env, action)
         raw.append(transition[1])
-        return (*transition[:3], True, {}) if len(raw) == 8 else transition
+        return (*transition[:2], False, len(raw) == 8, {})
 
     monkeypatch.setattr(cal_ql, "ReplayBuffer", Buffer)
     monkeypatch.setattr(d4rl.ResumableEnv, "step", watched)
