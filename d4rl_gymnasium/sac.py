@@ -1,4 +1,4 @@
-"""Soft actor-critic or TQC by sbx whose runs can be stopped and continued (development only).
+"""Soft actor-critic by sbx whose runs can be stopped and continued (development only).
 
 A run's folder holds `replay.f32`, every transition of the run, `checkpoint.npz`, all the rest that
 the next step depends on, and the lock that keeps a second process out. A run that was stopped, in
@@ -22,21 +22,9 @@ from d4rl_gymnasium.envs import get_env_state, set_env_state
 STEPS_PER_UPDATE = 8
 # What a run can't be continued with another value of.
 SETTINGS = (
-    "env", "algorithm", "seed", "batch_size", "actor_lr", "critic_lr", "policy_delay",
-    "actor_width", "critic_width", "learning_starts", "initial", "actor_starts",
-    "target_entropy", "ent_coef", "drop",
+    "env", "seed", "batch_size", "actor_lr", "critic_lr", "policy_delay", "actor_width",
+    "critic_width", "learning_starts",
 )  # fmt: skip
-# Of the target networks: the library's, and a faster one while the critics learn of a given actor.
-TAU, FAST_TAU = 0.005, 0.05
-# Of each of TQC's critics: half of its authors' number, which halves the time.
-QUANTILES = 12
-# A `BehaviorPolicy`'s names for the four layers of an sbx actor.
-LAYERS = ("0", "1", "_mean", "_log_std")
-# Parts of a policy that are trained, by algorithm.
-TRAINED = {
-    "sac": ("actor_state", "qf_state"),
-    "tqc": ("actor_state", "qf1_state", "qf2_state"),
-}
 
 
 class Replay:
@@ -73,7 +61,7 @@ class Replay:
 
 
 def make_agent(env, settings):
-    """An sbx agent, SAC or TQC, that is only updated: a `Run` collects and stores its transitions.
+    """An sbx SAC agent that is only updated: a `Run` collects and stores its transitions.
 
     Args:
         env: the environment to train in.
@@ -81,61 +69,39 @@ def make_agent(env, settings):
     """
     # Small matrices gain nothing from threads, which wait for each other on a busy machine.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
-    import sbx
+    from sbx import SAC
     from stable_baselines3.common.logger import Logger
 
     actor, critic = [settings.actor_width] * 2, [settings.critic_width] * 2
-    is_tqc = settings.algorithm == "tqc"
-    agent = (sbx.TQC if is_tqc else sbx.SAC)(
+    agent = SAC(
         "MlpPolicy",
         env,
         learning_rate=settings.actor_lr,
         qf_learning_rate=settings.critic_lr,
         batch_size=settings.batch_size,
         policy_delay=settings.policy_delay,
-        ent_coef=f"auto_{settings.ent_coef}",
-        target_entropy=settings.target_entropy * env.action_space.shape[0],
-        policy_kwargs={
-            "net_arch": {"pi": actor, "qf": critic},
-            "layer_norm": True,
-            **({"n_quantiles": QUANTILES} if is_tqc else {}),
-        },
-        **({"top_quantiles_to_drop_per_net": settings.drop} if is_tqc else {}),
+        policy_kwargs={"net_arch": {"pi": actor, "qf": critic}, "layer_norm": True},
         seed=settings.seed,
         buffer_size=1,  # a `Replay` takes its place
     )
     agent.set_logger(Logger(None, []))
-    if settings.initial:
-        start_from(agent, BehaviorPolicy.load(settings.initial[-1]))
     return agent
 
 
 def actor_of(agent, env_steps):
-    """Copies the weights of an sbx actor with two hidden layers into a `BehaviorPolicy`."""
+    """Copies the weights of an sbx SAC actor with two hidden layers into a `BehaviorPolicy`."""
     layers = agent.policy.actor_state.params["params"]
     weights = {}
-    for layer, suffix in enumerate(LAYERS):
+    for layer, suffix in enumerate(("0", "1", "_mean", "_log_std")):
         weights[f"w{suffix}"] = np.asarray(layers[f"Dense_{layer}"]["kernel"])
         weights[f"b{suffix}"] = np.asarray(layers[f"Dense_{layer}"]["bias"])
     return BehaviorPolicy(weights, env_steps=env_steps)
 
 
-def start_from(agent, policy):
-    """Gives an sbx actor of the same width the weights of a `BehaviorPolicy`."""
-    import jax.numpy as jnp
-
-    layers = {}
-    for layer, suffix in enumerate(LAYERS):
-        kernel, bias = policy.weights[f"w{suffix}"], policy.weights[f"b{suffix}"]
-        layers[f"Dense_{layer}"] = {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}
-    state = agent.policy.actor_state
-    agent.policy.actor_state = state.replace(params={"params": layers})
-
-
-def _agent_state(agent, algorithm):
+def _agent_state(agent):
     """All that the next update depends on, as one tree of arrays."""
-    trained = [getattr(agent.policy, name) for name in TRAINED[algorithm]]
-    return trained, agent.ent_coef_state, agent.key
+    policy = agent.policy
+    return policy.actor_state, policy.qf_state, agent.ent_coef_state, agent.key
 
 
 class Run:
@@ -174,7 +140,6 @@ class Run:
         self.replay = Replay(replay, settings.steps, *sizes, settings.seed)
         self.agent = make_agent(self.env, settings)
         self.agent.replay_buffer = self.replay
-        self.collectors = [BehaviorPolicy.load(path) for path in settings.initial]
         self.observation, _ = self.env.reset(seed=settings.seed)
         if (self.directory / "checkpoint.npz").exists():
             self._load()
@@ -185,25 +150,14 @@ class Run:
         for _ in range(steps):
             self._collect()
             if self.step > self.settings.learning_starts and self.step % STEPS_PER_UPDATE == 0:
-                actor, is_kept = (
-                    self.agent.policy.actor_state,
-                    self.step <= self.settings.actor_starts,
-                )
-                self.agent.tau = FAST_TAU if is_kept else TAU
                 self.agent.train(STEPS_PER_UPDATE, self.settings.batch_size)
-                if is_kept:
-                    self.agent.policy.actor_state = actor
                 self.policy = actor_of(self.agent, self.step)
 
     def _collect(self):
-        starts = self.settings.learning_starts
-        if self.step >= starts:
-            action = self.policy.act(self.observation, self.rng)
-        elif self.collectors:
-            collector = self.collectors[self.step * len(self.collectors) // starts]
-            action = collector.act(self.observation, self.rng)
-        else:
+        if self.step < self.settings.learning_starts:
             action = self.rng.uniform(-1.0, 1.0, self.env.action_space.shape).astype(np.float32)
+        else:
+            action = self.policy.act(self.observation, self.rng)
         following, reward, terminated, truncated, _ = self.env.step(action)
         self.replay.add(self.observation, action, reward, terminated, following)
         self.observation = self.env.reset()[0] if terminated or truncated else following
@@ -228,10 +182,7 @@ class Run:
             "env": get_env_state(self.env),
             "observation": self.observation.tolist(),
         }
-        leaves = [
-            np.asarray(leaf)
-            for leaf in jax.tree.leaves(_agent_state(self.agent, self.settings.algorithm))
-        ]
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(_agent_state(self.agent))]
         partial = self.directory / "checkpoint.partial"
         with open(partial, "wb") as file:
             np.savez(file, *leaves, state=json.dumps(state))
@@ -249,10 +200,10 @@ class Run:
                 raise ValueError(f"{path} is of a run with --{name} {value}: use another folder")
         if state["step"] > self.settings.steps:
             raise ValueError(f"{path} is at step {state['step']:,}, behind --steps")
-        structure = jax.tree.structure(_agent_state(self.agent, self.settings.algorithm))
-        trained, self.agent.ent_coef_state, self.agent.key = jax.tree.unflatten(structure, leaves)
-        for name, state_of in zip(TRAINED[self.settings.algorithm], trained, strict=True):
-            setattr(self.agent.policy, name, state_of)
+        structure = jax.tree.structure(_agent_state(self.agent))
+        actor, critic, entropy, key = jax.tree.unflatten(structure, leaves)
+        self.agent.policy.actor_state, self.agent.policy.qf_state = actor, critic
+        self.agent.ent_coef_state, self.agent.key = entropy, key
         self.agent._n_updates = state["updates"]
         self.step = self.replay.size = state["step"]
         self.seconds, self._clock = state["seconds"], time.monotonic()

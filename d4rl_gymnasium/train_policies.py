@@ -5,8 +5,8 @@
     python -m d4rl_gymnasium.train_policies select --env hopper-expert-v2 --directory runs/sac
     python -m d4rl_gymnasium.train_policies match --env hopper-medium-v2 --policy NAME
 
-`train` runs soft actor-critic or TQC (sbx) in D4RL's physics and keeps snapshots of the actor and
-their returns; given again, it goes on where it was stopped. `select` picks from the snapshots what
+`train` runs soft actor-critic (sbx) in D4RL's physics and keeps snapshots of the actor and their
+returns; given again, it goes on where it was stopped. `select` picks from the snapshots what
 the data of a task needs: expert and medium the one whose mean return is nearest that of D4RL's
 file, the replays a ladder of snapshots. `match` raises the noise of a shipped policy that is too
 good for a task. The policy that collects AntMaze data is made with --env goal-reaching-ant-v0.
@@ -114,8 +114,7 @@ def train(args):
         if run.step == 0:
             snapshot(run, env, args.eval_episodes)
         while run.step < args.steps:
-            freq = args.early_freq if run.step < args.early_steps else args.eval_freq
-            run.advance(min(freq - run.step % freq, args.steps - run.step))
+            run.advance(min(args.eval_freq - run.step % args.eval_freq, args.steps - run.step))
             snapshot(run, env, args.eval_episodes)
             run.save()
     finally:
@@ -265,8 +264,6 @@ def parse(args=None):
     parser.add_argument("--policy", help="name of the shipped policy to match")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1_000_000, help="environment steps")
-    parser.add_argument("--algorithm", choices=["sac", "tqc"], default="tqc")
-    parser.add_argument("--drop", type=int, default=1, help="of TQC's 12 quantiles a critic")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--actor_lr", type=float, default=3e-4)
     parser.add_argument("--critic_lr", type=float, default=7e-4)
@@ -274,14 +271,7 @@ def parse(args=None):
     parser.add_argument("--actor_width", type=int, default=128, help="units of its two layers")
     parser.add_argument("--critic_width", type=int, default=256, help="units of its two layers")
     parser.add_argument("--learning_starts", type=int, default=5_000, help="uniform first steps")
-    parser.add_argument("--initial", nargs="*", default=[], help="policy files that collect the "
-                        "first steps, of the same width; the last one is trained on")  # fmt: skip
-    parser.add_argument("--actor_starts", type=int, default=0, help="steps before it may change")
-    parser.add_argument("--target_entropy", type=float, default=-1.0, help="of an action component")
-    parser.add_argument("--ent_coef", type=float, default=1.0, help="its first value")
     parser.add_argument("--eval_freq", type=int, default=10_000, help="steps between snapshots")
-    parser.add_argument("--early_steps", type=int, default=250_000, help="steps in which there are")
-    parser.add_argument("--early_freq", type=int, default=2_500, help="this many between them")
     parser.add_argument("--eval_episodes", type=int, default=10)
     args = parser.parse_args(args)
     if args.env != goal_ant.ENV_ID and (task(args.env).family == "antmaze"):
