@@ -4,7 +4,6 @@ import _thread
 import copy
 import shutil
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -172,28 +171,29 @@ def test_a_second_process_says_for_what_it_waits_and_stops_at_ctrl_c(tmp_path, d
     (file,) = (tmp_path / "cache").glob("behavior-*.pt")
     content = file.read_bytes()
     file.unlink()
-    with FileLock(f"{file}.lock"):
-        timer = threading.Timer(0.5, _thread.interrupt_main)
-        timer.start()
-        start = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            cached_behavior(config_of(tmp_path), *data, same)
-        assert time.monotonic() - start < 60
-        assert capsys.readouterr().out.splitlines()[-1] == (
-            f"waiting for {file}, which another process is making"
-        )
+    held, finished = threading.Event(), threading.Event()
+
+    def other():  # in a thread of its own, since a lock knows who holds it
+        with FileLock(f"{file}.lock"):
+            held.set()
+            finished.wait(60)
+            file.write_bytes(content)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    held.wait(60)
+    timer = threading.Timer(0.5, _thread.interrupt_main)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        cached_behavior(config_of(tmp_path), *data, same)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"waiting for {file}, which another process is making"
+    )
     # Once the other is done, it is there.
-    lock = FileLock(f"{file}.lock", thread_local=False)
-    lock.acquire()
-
-    def finish():
-        file.write_bytes(content)
-        lock.release()
-
-    timer = threading.Timer(0.5, finish)
+    timer = threading.Timer(0.5, finished.set)
     timer.start()
     cached_behavior(config_of(tmp_path), *data, lambda update: pytest.fail("trained again"))
-    timer.join()
+    thread.join()
 
 
 def test_an_interrupted_training_goes_on(tmp_path, data, monkeypatch):
