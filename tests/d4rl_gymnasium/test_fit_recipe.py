@@ -73,7 +73,7 @@ def test_the_recipe_is_complete_and_in_the_order_of_training(robot):
 # Of the mean return, from D4RL's; and episodes of each policy, few where there are many policies.
 SAMPLES = {"medium": (0.05, 5), "medium-replay": (0.15, 2), "expert": (0.03, 4)}
 # Experts that are not within 3% of D4RL's: how far they may be off instead.
-SHORT = {"halfcheetah": 0.05, "hopper": 0.1}
+SHORT = {"halfcheetah": 0.05, "hopper": 0.1, "walker2d": 0.05}
 
 
 @pytest.mark.parametrize("robot", ROBOTS)
