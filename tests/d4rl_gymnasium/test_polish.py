@@ -65,8 +65,7 @@ def test_an_expert_is_written_once_it_has_d4rls_return(
     for module in (polish, train_policies):
         monkeypatch.setattr(module, "POLICIES", tmp_path)
     make_policy().save(tmp_path / "hopper-expert.npz")
-    out = str(tmp_path / "best.npz")
-    flags = ["--env", "hopper-expert-v2", "--spread", "0.1", "--out", out]
+    flags = ["--env", "hopper-expert-v2", "--spread", "0.1"]
     polish.main([*flags, "--minutes", "0"])
     assert BehaviorPolicy.load(tmp_path / "hopper-expert.npz").return_mean < 1000
     polish.main(flags)
