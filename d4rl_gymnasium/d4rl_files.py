@@ -18,6 +18,7 @@ def known_of(env_id):
 
     transitions, episodes, "length mean" (steps), "return mean", "return std", "return 0%" (the
     smallest), "return 100%" and, of AntMaze, "rewarded", the share of rewarded rows. A name is
-    missing where nothing is known. An unknown task id is a ValueError.
+    missing where nothing is known, as of a task that is not D4RL's. An unknown task id is a
+    ValueError.
     """
-    return {name: figure for name, (figure, _) in FILES[task(env_id).env_id].items()}
+    return {name: figure for name, (figure, _) in FILES.get(task(env_id).env_id, {}).items()}

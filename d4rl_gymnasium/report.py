@@ -114,8 +114,9 @@ def d4rls(env_id):
 def text(env_id, found):
     """The numbers of `describe` as lines, those known of D4RL's own file below them."""
     known = d4rls(env_id)
-    lines = [f"{env_id}: {found['transitions']:,} transitions in {found['episodes']:,} episodes "
-             f"(D4RL's file: {known['transitions']:,} in {known['episodes']:,})"]  # fmt: skip
+    lines = [f"{env_id}: {found['transitions']:,} transitions in {found['episodes']:,} episodes"]
+    if {"transitions", "episodes"} <= known.keys():
+        lines[0] += f" (D4RL's file: {known['transitions']:,} in {known['episodes']:,})"
     lines += [f"terminals {found['terminals']:,}, timeouts {found['timeouts']}"]
     header = "".join(f"{name:>10}" for name in found["return"])
     lines += [f"{'per episode':12}{header}"]
@@ -129,8 +130,9 @@ def text(env_id, found):
     if "success_rate" in found:
         lines.append(f"success rate {found['success_rate']:.3f}, "
                      f"free cells visited {found['visited_cells']}")  # fmt: skip
-        lines.append(f"rewarded rows {100 * found['rewarded']:.3f}%, "
-                     f"in D4RL's file about {100 * known['rewarded']:.3f}%")  # fmt: skip
+        lines.append(f"rewarded rows {100 * found['rewarded']:.3f}%")
+        if "rewarded" in known:
+            lines[-1] += f", in D4RL's file about {100 * known['rewarded']:.3f}%"
     lines.append(f"action components at the bounds: {100 * found['action_saturation']:.1f}%")
     return "\n".join(lines)
 

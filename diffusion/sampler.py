@@ -160,6 +160,7 @@ def cached_behavior(config, states: Tensor, actions: Tensor, accelerate) -> Beha
             )  # fmt: skip
             save(path, {"behavior": model.state_dict()})
             Path(f"{path}.partial").unlink(missing_ok=True)
+    model.zero_grad()  # of the last update
     return model.requires_grad_(False)
 
 

@@ -401,6 +401,8 @@ def test_resampled_actions_are_those_of_the_rows_drawn_by_q(tmp_path, data):
     settings |= dict(energy_beta=0.5, guidance_scale=2.0)
     sampler = sampler_of(tmp_path, data, online_states, **settings)
     sampler.add_support(20)
+    for support in (sampler.support, sampler.online_support):
+        support.uniform_(-1, 1)  # drawn ones may coincide at the bounds
     offline_rows, online_rows = torch.tensor([7, 0]), torch.tensor([5, 5, 1])
     states = torch.cat([data[0][offline_rows], online_states[online_rows]])
     support = torch.cat([sampler.support[offline_rows], sampler.online_support[online_rows]])
