@@ -9,7 +9,6 @@ names and their order CORL's: algorithms/README.md lists what differs from its f
 """
 
 import math
-import operator
 import os
 import shutil
 import signal
@@ -22,18 +21,17 @@ from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
-import pyrallis
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import wandb
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import d4rl_gymnasium as d4rl
-from d4rl_gymnasium.files import load, save, write
+from d4rl_gymnasium.files import contents_of, load, save, save_figure, write
+from d4rl_gymnasium.runs import HIGHEST, check_name, errors_in_one_line, parse, wandb_init
 from diffusion import alpha_sigma, perturb, solve  # EDIS
 from diffusion.process import T_MAX, T_MIN
 from diffusion.sampler import progress
@@ -139,12 +137,15 @@ class TrainConfig:
             if getattr(self, key) is None:
                 setattr(self, key, value)
         for key, value in vars(self).items():
-            low, high = LOWEST.get(key, 0), 1 if key in AT_MOST_1 else 10**9
+            low, high = LOWEST.get(key, 0), 1 if key in AT_MOST_1 else HIGHEST.get(key, 10**9)
             low = -high if key in MAY_BE_NEGATIVE else low
             if isinstance(value, (int, float)) and not low <= value <= high:
                 raise ValueError(f"--{key} must be from {low} to {high}, not {value}")
             if key in CHOICES and value not in CHOICES[key]:
                 raise ValueError(f"--{key} must be one of {', '.join(CHOICES[key])}, not {value}")
+        check_name(self.name)
+        if 0 < self.online_iterations <= self.initial_collection_steps:
+            raise ValueError("--online_iterations must be 0, or above --initial_collection_steps")
         self.n_offline = round(self.batch_size * self.mixing_ratio)  # these rows stand first
         if not 0 < self.n_offline < self.batch_size:
             raise ValueError(f"--mixing_ratio {self.mixing_ratio} leaves half of the batch empty")
@@ -769,27 +770,33 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock", timeout=0)
         self.checkpoint = {"phase": "offline", "rows": {}, "sums": {}, "n_sums": 0, "wandb": None}
-        if (self.dir / "checkpoint.pt").exists():
-            self.checkpoint = load(self.dir / "checkpoint.pt")
-            old, new = self.checkpoint.get("settings", {}), self.settings
-            if other := [k for k in new | old if k not in FREE and new.get(k) != old.get(k)]:
-                sys.exit(f"error: {self.dir} is of another {', '.join(other)}: take another --name")
-            step = self.checkpoint["step"] if self.checkpoint["phase"] == "online" else -1
-            if step >= config.online_iterations:
-                sys.exit(f"error: {self.dir} is finished: take another --seed or --name")
-        self.rows, self.n_sums = self.checkpoint["rows"], self.checkpoint["n_sums"]
-        self.sums = {name: x.to(config.device) for name, x in self.checkpoint["sums"].items()}
         self.n_steps = 0  # since the last row of train.csv
         self.clock = self.last_save = time.perf_counter()
 
-    def wandb_init(self):
-        """Write config.yaml and start logging to wandb."""
-        settings = {k: v for k, v in asdict(self.config).items() if k not in ("name", "runs_dir")}
+    def start(self):
+        """With the lock held: read the checkpoint, write config.yaml and start wandb."""
+        config, path = self.config, self.dir / "checkpoint.pt"
+        if os.path.lexists(path):
+            with contents_of(path):
+                self.checkpoint = state = load(path)
+                old, new = state["settings"], self.settings
+                if other := [k for k in new | old if k not in FREE and new.get(k) != old.get(k)]:
+                    names = ", ".join(other)
+                    sys.exit(f"error: {self.dir} is of another {names}: take another --name")
+                phase, step, last = state["phase"], state["step"], config.offline_iterations
+                if phase == "online":
+                    last = len(state["online_buffer"]["rows"])
+                if phase not in ("offline", "online") or not 0 <= step <= last:
+                    raise ValueError(f"{phase} step {step:,} cannot be")
+                if phase == "online" and step >= config.online_iterations:
+                    sys.exit(f"error: {self.dir} is finished: take another --seed or --name")
+        self.rows, self.n_sums = self.checkpoint["rows"], self.checkpoint["n_sums"]
+        self.sums = {name: x.to(config.device) for name, x in self.checkpoint["sums"].items()}
+        settings = {k: v for k, v in asdict(config).items() if k not in ("name", "runs_dir")}
         write(self.dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-        self.wandb = wandb.init(
-            project=self.config.project, group=f"{self.config.name}-{self.config.env}",
-            mode=self.config.wandb, id=self.checkpoint["wandb"], resume="allow", dir=self.dir,
-            config=settings, settings=wandb.Settings(silent=True), reinit="finish_previous",
+        self.wandb = wandb_init(
+            config.wandb, project=config.project, group=f"{config.name}-{config.env}",
+            id=self.checkpoint["wandb"], dir=self.dir, config=settings,
         )  # fmt: skip
 
     def add(self, log_dict: dict[str, torch.Tensor]):
@@ -848,11 +855,12 @@ class Run:
         state = self.checkpoint
         if "step" not in state or state["phase"] != phase:
             return None
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
-        if self.config.device == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        with contents_of(self.dir / "checkpoint.pt"):
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state["rng"])
+            if self.config.device == "cuda" and state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"])
         print(f"going on with {self.dir} from {phase} step {state['step']:,}", flush=True)
         return state["step"]
 
@@ -867,7 +875,7 @@ class Run:
             ax.set_ylabel(label)
         axes[0].set_title(f"{self.config.name}, {self.config.env}, seed {self.config.seed}")
         axes[-1].set_xlabel(f"online environment steps (data: {self.config.data})")
-        figure.savefig(self.dir / "curve.png")
+        save_figure(self.dir / "curve.png", figure)
 
 
 def accelerate(update, config: TrainConfig):
@@ -909,6 +917,8 @@ def accelerate(update, config: TrainConfig):
 def train(config: TrainConfig):
     """Train offline, or take the agent of --load_model; then fine-tune online."""
     torch.set_num_threads(config.threads)
+    if 0 < config.online_iterations <= config.edis_start:  # EDIS
+        print("no model is trained up to --edis_start: this is the baseline", flush=True)
     source = {"data": config.data, "regenerated_size": config.regenerated_size}
     dataset = d4rl.qlearning_dataset(config.env, **source)
     reward_scale, reward_shift = modify_reward(dataset, config)
@@ -922,7 +932,7 @@ def train(config: TrainConfig):
 
     run = Run(config)
     with run.lock:
-        run.wandb_init()
+        run.start()
         torch.manual_seed(config.seed)
         trainer = CalQL(*dims, config)
         if config.normalize:
@@ -938,11 +948,15 @@ def train(config: TrainConfig):
 
         # Offline: updates on the dataset alone.
         if config.load_model and run.checkpoint["phase"] == "offline":
-            agent = load(Path(config.load_model).expanduser())
-            old = agent.get("settings", {})
-            if other := [k for k in OFFLINE_FIELDS if old.get(k) != getattr(config, k)]:
-                sys.exit(f"error: {config.load_model} was trained with another {', '.join(other)}")
-            trainer.load_state_dict(agent["trainer"])
+            file = Path(config.load_model).expanduser()
+            with contents_of(file):
+                agent = load(file)
+                old = agent["settings"]
+                if other := [k for k in OFFLINE_FIELDS if old.get(k) != getattr(config, k)]:
+                    sys.exit(f"error: {file} was trained with another {', '.join(other)}")
+                if "phase" in agent:
+                    sys.exit(f"error: {file} is a checkpoint: take the run's offline.pt")
+                trainer.load_state_dict(agent["trainer"])
         elif run.checkpoint["phase"] == "offline":
             parts, last = {"trainer": trainer}, config.offline_iterations
             start = run.restore("offline", parts) or 0
@@ -981,6 +995,7 @@ def train(config: TrainConfig):
         if start is None:
             evaluate("online", 0)
             run.save("online", 0, parts)
+        run.clock = time.perf_counter()  # steps_per_second is of steps alone
         for step in tqdm(range(start or 0, last), "online", last, initial=start or 0, disable=None):
             state = env.last_observation
             action = trainer.act(state[None])[0]
@@ -1003,22 +1018,8 @@ def train(config: TrainConfig):
 
 def main(args: list[str] | None = None):
     """Train by the command line; what its user can mend ends in one line."""
-    pyrallis.decode.register(int, operator.index)  # 2.5 is no int
-    pyrallis.decode.register(bool, {True: True, False: False}.__getitem__)  # and "maybe" no bool
-    usage = "%(prog)s [--SETTING VALUE ...]; --help lists the settings"
-    parser = pyrallis.argparsing.ArgumentParser(TrainConfig, usage=usage, allow_abbrev=False)
-    try:
-        config = parser.parse_args(args)
-    except Exception as e:
-        sys.exit(f"error: {' '.join(str(e).split())}")
-    try:
-        train(config)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
-    except Timeout as e:
-        sys.exit(f"error: another process is training in {Path(e.lock_file).parent}")
-    except (d4rl.DatasetError, FloatingPointError, OSError) as e:
-        sys.exit(f"error: {e}")
+    with errors_in_one_line():
+        train(parse(TrainConfig, args))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import io
 import os
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,7 +14,11 @@ class DamagedFileError(OSError):
 
 
 def write(path: Path, data: bytes | str):
-    """Write a file, whole or not at all, and onto the disk before it takes its name."""
+    """Write a file, whole or not at all, and onto the disk before it takes its name.
+
+    Raises:
+        OSError: it cannot be written; `filename` is the path.
+    """
     data = data.encode() if isinstance(data, str) else data
     partial = path.with_name(f"{path.name}.tmp")
     try:
@@ -22,9 +27,20 @@ def write(path: Path, data: bytes | str):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        if partial.is_file():
+            partial.unlink()
+        if isinstance(error, OSError):  # a full disk names no file
+            blamed = partial if partial.is_dir() else path
+            raise OSError(error.errno, error.strerror or str(error), str(blamed)) from error
         raise
+
+
+def save_figure(path: Path, figure):
+    """Write a figure of matplotlib's, whole or not at all."""
+    data = io.BytesIO()
+    figure.savefig(data, format=path.suffix[1:])
+    write(path, data.getvalue())
 
 
 def save(path: Path, state: dict):
@@ -55,3 +71,21 @@ def load(path: Path) -> dict:
                 f"{path} is damaged ({reason}): put a copy of it back, or move it away to start "
                 "afresh"
             ) from error
+
+
+@contextmanager
+def contents_of(path: Path):
+    """Inside of it, what a file holds is used: what is missing or does not fit is its fault.
+
+    Raises:
+        DamagedFileError: in place of the error.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        reason = (missing or type(error).__name__).splitlines()[0].strip()
+        raise DamagedFileError(
+            f"{path} is of another version, or no such file ({reason}): put the right one there, "
+            "or move it away to start afresh"
+        ) from error

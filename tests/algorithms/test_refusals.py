@@ -143,5 +143,6 @@ def test_a_full_disk_ends_in_one_line(monkeypatch, group, tmp_path):
     sizes = dict(offline_iterations=20, online_iterations=0, checkpoint_freq=10)
     message = last_line(group.baseline, tmp_path, **sizes)
     path = directory(tmp_path, group.baseline)
-    assert message == f"error: [Errno 28] No space left on device: '{path / 'checkpoint.pt'}'"
+    reason = f"{path / 'checkpoint.pt'}: No space left on device"
+    assert message == f"error: {reason}: make room, then the same command goes on"
     assert torch.load(path / "checkpoint.pt")["step"] == 10

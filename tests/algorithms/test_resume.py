@@ -198,10 +198,10 @@ def one_gpu(monkeypatch):
     return states
 
 
-def bare_run(config):
-    """A run whose wandb is not started."""
+def started(config):
+    """A run that has read its checkpoint."""
     found = iql.Run(config)
-    found.wandb = SimpleNamespace(id="id", log=lambda row: None)
+    found.start()
     return found
 
 
@@ -211,8 +211,8 @@ def test_a_checkpoint_holds_the_random_state_of_one_gpu(one_gpu, tmp_path):
     config.device = "cuda"
     optimizer = torch.optim.Adam([torch.zeros(2)])
     parts = {"trainer": SimpleNamespace(optimizer=optimizer, state_dict=dict)}
-    bare_run(config).save("offline", 5, parts)
-    resumed = bare_run(config)
+    started(config).save("offline", 5, parts)
+    resumed = started(config)
     assert resumed.restore("offline", {}) == 5
     (state,) = one_gpu
     assert torch.equal(state, torch.arange(16, dtype=torch.uint8))
@@ -224,9 +224,9 @@ def test_a_checkpoint_of_a_gpu_is_gone_on_with_on_a_cpu_and_back(one_gpu, tmp_pa
     for step, (saving, resuming) in enumerate([("cuda", "cpu"), ("cpu", "cuda")]):
         config = config_of(iql, tmp_path)
         config.device = saving
-        bare_run(config).save("offline", step, parts)
+        started(config).save("offline", step, parts)
         config.device = resuming
-        assert bare_run(config).restore("offline", {}) == step
+        assert started(config).restore("offline", {}) == step
     assert one_gpu == []
 
 
@@ -236,10 +236,11 @@ def test_sums_of_a_checkpoint_go_to_the_device(tmp_path):
     optimizer = torch.optim.Adam([torch.zeros(2)])
     parts = {"trainer": SimpleNamespace(optimizer=optimizer, state_dict=dict)}
     first = dare_iql.Run(config)
-    first.wandb = SimpleNamespace(id="id")
+    first.start()
     first.add({"q_loss": torch.tensor(2.0)})
     first.save("offline", 5, parts)
     config.device = "meta"
     resumed = dare_iql.Run(config)
+    resumed.start()
     resumed.add({"q_loss": torch.tensor(2.0, device="meta")})
     assert resumed.n_sums == 2 and resumed.sums["q_loss"].is_meta

@@ -3,11 +3,10 @@
 import csv
 import signal
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import NamedTuple
 from unittest import mock
 
-import pyrallis
 import pytest
 import torch
 
@@ -111,9 +110,9 @@ def run(script, runs_dir, *, curve=False, **settings):
 
 def last_line(script, runs_dir, **settings):
     """The one line with which main() ends early; parsing a command line would take a second."""
-    parser = SimpleNamespace(parse_args=lambda args: config_of(script, runs_dir, **settings))
+    config = config_of(script, runs_dir, **settings)
     with (
-        mock.patch.object(pyrallis.argparsing, "ArgumentParser", lambda *_, **__: parser),
+        mock.patch.object(script, "parse", lambda *_: config),
         mock.patch.object(script.Run, "plot"),
         pytest.raises(SystemExit) as stop,
     ):

@@ -1,0 +1,147 @@
+"""What every script needs around a run: settings, wandb, and errors that end in one line."""
+
+import argparse
+import errno
+import inspect
+import operator
+import os
+import re
+import sys
+from contextlib import contextmanager
+
+import pyrallis
+import wandb
+import yaml
+from filelock import Timeout
+
+from d4rl_gymnasium.download import DatasetError, one_line
+
+CURES = {  # of what a file system refuses
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room, then the same command goes on",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "get leave to write there, or name another folder",
+    (errno.EISDIR,): "a folder stands where a file should be: move it away",
+    (errno.ENOTDIR, errno.EEXIST): "a file or a dangling link stands where a folder should be: "
+    "move it away, or name another folder",
+    (errno.ENOENT,): "look at the path, and for links in it that lead nowhere",
+}
+CURE = {number: cure for numbers, cure in CURES.items() for number in numbers}
+NO_MEMORY = re.compile("allocate|out of memory", re.IGNORECASE)  # of torch's RuntimeErrors
+HIGHEST = dict.fromkeys(("regenerated_size", "online_iterations", "n_generated"), 10**8)
+HIGHEST |= dict.fromkeys(("batch_size", "behavior_batch_size", "model_batch_size"), 10**6)
+HIGHEST |= dict.fromkeys(("energy_batch_size", "n_unguided"), 10**6)
+HIGHEST |= dict.fromkeys(("hidden_dim", "behavior_width", "energy_hidden", "model_width"), 10**4)
+HIGHEST |= dict.fromkeys(("n_episodes", "utd", "generated_updates", "n_negatives"), 10**4)
+HIGHEST |= dict.fromkeys(("n_reference", "n_support", "n_max_actions", "cql_n_actions"), 10**4)
+HIGHEST |= dict.fromkeys(("threads", "diffusion_steps", "n_denoising_steps"), 1000)
+HIGHEST |= dict.fromkeys(("n_hidden", "q_n_hidden_layers", "policy_n_hidden_layers"), 100)
+HIGHEST |= {"model_depth": 100}  # what no machine can hold or end; of all else 10**9
+WANDB_SECONDS = 20  # that wandb may take to reach its server
+
+
+@contextmanager
+def errors_in_one_line():
+    """End with one line of error what the user of a script can mend, and Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from the last checkpoint")
+    except Timeout as error:
+        sys.exit(f"error: another process is training in {os.path.dirname(error.lock_file)}")
+    except (DatasetError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        cure = CURE.get(error.errno, "the system's last word on this file")
+        known = error.filename is not None
+        sys.exit(
+            f"error: {error.filename}: {error.strerror}: {cure}" if known else f"error: {error}"
+        )
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+            raise
+        reason = one_line(error)[:200] or "no memory"
+        sys.exit(f"error: too little memory for these sizes: lower them ({reason})")
+
+
+def check_name(name: str):
+    """Refuse a --name that is no folder of its own in runs_dir (ValueError, in one line)."""
+    if name in ("", ".", "..", "cache") or "/" in name or not name.isprintable():
+        raise ValueError(f"--name must be the name of a folder of its own, not {name!r}")
+    if len(os.fsencode(name)) > 255:
+        raise ValueError("--name must be at most 255 bytes long, as file systems want it")
+
+
+def parse(config_class: type, args: list[str] | None = None):
+    """Settings of a command line, over those of its --config_path FILE.yaml, over the defaults.
+
+    What cannot be ends in one line, or two where argparse adds its usage.
+    """
+    pyrallis.decode.register(int, operator.index)  # 2.5 is no int
+    pyrallis.decode.register(bool, {True: True, False: False}.__getitem__)  # and "maybe" no bool
+    usage = "%(prog)s [--SETTING VALUE ...]; --help lists the settings"
+    parser = pyrallis.argparsing.ArgumentParser(config_class, usage=usage, allow_abbrev=False)
+    comments = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config_class), re.M)
+    for action in parser._actions:  # pyrallis takes a banner for the comment of what is below it
+        action.help = dict(comments).get(action.dest, action.help)
+    try:
+        _check_file(args)
+        return parser.parse_args(args)
+    except Exception as error:
+        sys.exit(f"error: {one_line(error)}")
+
+
+class _NoKeyTwice(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"{twice[0]} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
+def _check_file(args):
+    """Refuse a --config_path that is not one plain value for each of some settings."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config_path")
+    path = parser.parse_known_args(args)[0].config_path
+    if path is None:
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.load(file, _NoKeyTwice)
+        if not isinstance(settings, dict):
+            raise ValueError("no settings, which are lines like `seed: 1`")
+        for key, value in settings.items():
+            if not isinstance(value, (str, int, float)):
+                raise ValueError(f"{key} needs one plain value")
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def wandb_init(mode: str, **settings):
+    """wandb.init(mode=mode), which neither stops a run nor asks: online becomes offline, or offline
+    disabled, with one line that says why. `--wandb` alone sets the mode, except that a WANDB_MODE
+    other than online keeps a run offline.
+    """
+    variable = os.environ.pop("WANDB_MODE", None)  # wandb refuses unknown ones in every mode
+    modes = ("online", "offline", "disabled")
+    try:
+        for attempt in modes[modes.index(mode) :]:
+            try:
+                if attempt == "online" and variable not in (None, "", "online"):
+                    raise ValueError(f"WANDB_MODE is {variable}")
+                if attempt == "online" and not _logged_in():
+                    raise ValueError("not logged in: see `wandb login`")
+                options = wandb.Settings(silent=True, init_timeout=WANDB_SECONDS)
+                return wandb.init(
+                    mode=attempt, resume="allow", reinit="finish_previous", settings=options,
+                    **settings,
+                )  # fmt: skip
+            except Exception as error:  # of many kinds
+                reason, following = one_line(error)[:200], modes[modes.index(attempt) + 1]
+                print(f"wandb: {following}, since {attempt} is not possible ({reason})", flush=True)
+    finally:
+        if variable is not None:
+            os.environ["WANDB_MODE"] = variable
+
+
+def _logged_in():
+    return wandb.login(prompt=False)
