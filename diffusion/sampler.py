@@ -2,15 +2,16 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from d4rl_gymnasium.files import load, save
+from d4rl_gymnasium.files import contents_of, load, save
 from diffusion.networks import BehaviorModel, EnergyModel
 from diffusion.sampling import draw_support_actions, sample_actions
 from diffusion.training import energy_loss, own_draws, train_behavior
@@ -151,7 +152,8 @@ def cached_behavior(config, states: Tensor, actions: Tensor, accelerate) -> Beha
     model.to(states.device)
     with _cached("behavior", config, BEHAVIOR_FIELDS, states, actions) as path:
         if path.exists():
-            model.load_state_dict(load(path)["behavior"])
+            with contents_of(path):
+                model.load_state_dict(load(path)["behavior"])
         else:
             updates = config.behavior_iterations
             train_behavior(
@@ -159,7 +161,8 @@ def cached_behavior(config, states: Tensor, actions: Tensor, accelerate) -> Beha
                 config.behavior_seed, path, progress("behavior model", updates), accelerate,
             )  # fmt: skip
             save(path, {"behavior": model.state_dict()})
-            Path(f"{path}.partial").unlink(missing_ok=True)
+        with suppress(OSError):  # after a kill at this point the next run does it
+            os.unlink(f"{path}.partial")
     model.zero_grad()  # of the last update
     return model.requires_grad_(False)
 
@@ -176,8 +179,9 @@ def cached_support(config, states: Tensor, actions: Tensor, behavior: BehaviorMo
                     behavior, states[rows], config.n_support, steps, on_progress=report
                 )
             save(path, {"rows": rows, "support": support.cpu()})
-        content = load(path)
-        return content["rows"].to(states.device), content["support"].to(states.device)
+        with contents_of(path):
+            content = load(path)
+            return content["rows"].to(states.device), content["support"].to(states.device)
 
 
 @contextmanager
@@ -197,14 +201,12 @@ def _cached(kind: str, config, fields: tuple, states: Tensor, actions: Tensor):
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         print(f"waiting for {path}, which another process is making", flush=True)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield path
-    finally:
-        lock.release()
 
 
 def progress(name: str, total: int) -> Callable:

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
-from d4rl_gymnasium.files import load, save
+from d4rl_gymnasium.files import contents_of, load, save
 from diffusion.networks import BehaviorModel, EnergyModel
 from diffusion.process import T_MAX, T_MIN, perturb
 
@@ -71,8 +71,8 @@ def train_behavior(
 
     `on_progress(updates_done, mean_loss)` is called every 1,000 updates and at the end. With `path`
     the training is kept in `path` + ".partial", and a call that finds the file goes on from it.
-    Raises FloatingPointError when the loss is not finite, DamagedFileError or ValueError when the
-    partial file is damaged or holds another training.
+    Raises FloatingPointError when the loss is not finite, DamagedFileError when the partial file is
+    damaged or holds another training.
     """
     settings = [len(states), batch_size, learning_rate, seed]
     optimizer = torch.optim.Adam(model.parameters(), learning_rate, fused=True, capturable=True)
@@ -83,7 +83,7 @@ def train_behavior(
     with own_draws(seed):
         start, mean_loss = 0, float("nan")
         if partial is not None and partial.exists():
-            start, mean_loss = _restore(partial, settings, model, optimizer)
+            start, mean_loss = _restore(partial, settings, updates, model, optimizer)
         reported, saved = start, time.monotonic()
         for step in range(start + 1, updates + 1):
             update()
@@ -136,16 +136,15 @@ def _save(partial, settings, model, optimizer, step, mean_loss):
     save(partial, state | {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng})
 
 
-def _restore(partial, settings, model, optimizer):
-    state = load(partial)
-    if state["settings"] != settings:
-        raise ValueError(
-            f"{partial} holds another training (rows, batch size, learning rate, seed: "
-            f"{state['settings']}, not {settings}): move it away to train afresh"
-        )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if torch.cuda.is_available() and state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    return state["step"], state["mean_loss"]
+def _restore(partial, settings, updates, model, optimizer):
+    with contents_of(partial):
+        state = load(partial)
+        old, step = state["settings"], state["step"]
+        if old != settings or step > updates:
+            raise ValueError(f"{step} updates of another training: {old}, not {settings}")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available() and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
+        return step, state["mean_loss"]

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tiny_runs import AGENTS, SCRIPTS, contents, directory, interrupt, last_line, run
 
 
@@ -89,7 +89,70 @@ def test_a_damaged_checkpoint_is_refused(group, stopped, damage):
     assert message.endswith("): put a copy of it back, or move it away to start afresh")
 
 
+def no_optimizer(state):
+    del state["trainer"]["optimizer"]
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda state: state.update(phase="afterwards"), "afterwards step 100 cannot be"),
+        (lambda state: state.update(step=101), "online step 101 cannot be"),
+        (lambda state: state.update(phase="offline"), "offline step 100 cannot be"),
+        (lambda state: state.pop("settings"), "'settings' is missing"),
+        (lambda state: state.pop("rng"), "'rng' is missing"),
+        (lambda state: state.pop("env"), "'env' is missing"),
+        (no_optimizer, "'optimizer' is missing"),
+        (lambda state: state["trainer"]["actor"].popitem(), "Error(s) in loading"),
+        (lambda state: state.update(rng=torch.zeros(3)), "ByteTensor"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_is_refused(group, stopped, change, reason):
+    """By an edit, or a script of another version."""
+    file = stopped / "checkpoint.pt"
+    intact = file.read_bytes()
+    try:
+        state = torch.load(file, weights_only=True)
+        change(state)
+        torch.save(state, file)
+        message = refused(group, stopped)
+    finally:
+        file.write_bytes(intact)
+    assert message.startswith(f"error: {file} is of another version, or no such file (")
+    assert reason in message
+
+
+def test_a_checkpoint_behind_a_dangling_link_is_no_new_run(group, stopped, tmp_path):
+    path = directory(tmp_path, group.baseline)
+    path.mkdir(parents=True)
+    (path / "checkpoint.pt").symlink_to(tmp_path / "unmounted" / "checkpoint.pt")
+    message = last_line(group.baseline, tmp_path, offline_iterations=40)
+    assert message.startswith(f"error: {path / 'checkpoint.pt'}: No such file or directory: ")
+    assert (path / "checkpoint.pt").is_symlink()
+
+
+def test_the_checkpoint_is_read_under_the_lock(monkeypatch, group, stopped):
+    """Else a process that just ends could write a newer one in between."""
+    read, load = [], group.baseline.load
+
+    def locked(path):
+        with pytest.raises(Timeout):
+            FileLock(stopped / "lock", timeout=0, is_singleton=False).acquire()
+        read.append(path)
+        return load(path)
+
+    monkeypatch.setattr(group.baseline, "load", locked)
+    refused(group, stopped, online_iterations=90)
+    assert read == [stopped / "checkpoint.pt"]
+
+
 # --- Agents of --load_model ---
+
+
+def test_a_checkpoint_is_no_offline_agent(group, stopped, tmp_path):
+    file = stopped / "checkpoint.pt"
+    message = last_line(group.baseline, tmp_path, load_model=str(file))
+    assert message == f"error: {file} is a checkpoint: take the run's offline.pt"
 
 
 def test_an_agent_of_other_settings_is_refused(group, baseline, tmp_path):

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and read only if they are intact."""
 
+import errno
 import os
 import pickle
 import threading
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from d4rl_gymnasium.files import DamagedFileError, load, save, write
+from d4rl_gymnasium.files import DamagedFileError, contents_of, load, save, save_figure, write
 
 STATE = {
     "weights": torch.arange(12.0).reshape(3, 4),
@@ -52,6 +54,57 @@ def test_a_write_that_fails_leaves_the_old_file_alone(monkeypatch, file, functio
         save(file, {"weights": torch.zeros(100)})
     assert [p.name for p in file.parent.iterdir()] == ["state.pt"]
     assert file.read_bytes() == before
+
+
+def test_a_full_disk_names_the_file(monkeypatch, tmp_path):
+    """Also under a picture."""
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for name, function, content in [("a.pt", save, {}), ("b.png", save_figure, Figure())]:
+        with pytest.raises(OSError) as error:
+            function(tmp_path / name, content)
+        assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("blamed", ["state.pt", "state.pt.tmp"])
+def test_a_folder_in_the_way_is_named(tmp_path, blamed):
+    (tmp_path / blamed).mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        save(tmp_path / "state.pt", STATE)
+    assert error.value.filename == str(tmp_path / blamed)
+    assert [p.name for p in tmp_path.iterdir()] == [blamed]
+
+
+def test_a_left_over_of_a_kill_is_replaced(file):
+    file.with_name("state.pt.tmp").write_bytes(b"half of it")
+    save(file, STATE)
+    assert [p.name for p in file.parent.iterdir()] == ["state.pt"]
+
+
+@pytest.mark.parametrize(
+    "use, reason",
+    [
+        (lambda state: state["step"], "'step' is missing"),
+        (lambda state: state["rows"].weights, "no attribute"),
+        (lambda state: state["count"]["x"], "."),
+        (lambda state: torch.nn.Linear(3, 4).load_state_dict(state), "Error(s) in loading"),
+    ],
+)
+def test_contents_that_do_not_fit_are_the_fault_of_the_file(file, use, reason):
+    with pytest.raises(DamagedFileError) as error, contents_of(file):
+        use(load(file))
+    message = str(error.value)
+    assert message.startswith(f"{file} is of another version, or no such file (")
+    assert reason in message and "\n" not in message and "move it away" in message
+
+
+def test_other_errors_are_not(file):
+    with pytest.raises(FloatingPointError), contents_of(file):
+        raise FloatingPointError("a loss")
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(monkeypatch, file):

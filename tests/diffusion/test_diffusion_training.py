@@ -247,8 +247,9 @@ def test_weights_broken_by_the_last_update_are_not_returned(tmp_path, monkeypatc
 def test_a_foreign_or_broken_partial_file_is_refused(tmp_path):
     path = tmp_path / "model"
     train(new_model(), path, updates=2)
-    for options in ({"seed": 1}, {"batch_size": 16}, {"learning_rate": 0.1}):
-        with pytest.raises(ValueError, match="holds another training"):
+    past_its_end = {"updates": 1}
+    for options in ({"seed": 1}, {"batch_size": 16}, {"learning_rate": 0.1}, past_its_end):
+        with pytest.raises(DamagedFileError, match="2 updates of another training"):
             train(new_model(), path, **options)
     partial = tmp_path / "model.partial"
     partial.write_bytes(partial.read_bytes()[:1000])

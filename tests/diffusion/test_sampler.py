@@ -11,6 +11,7 @@ import torch
 from filelock import FileLock
 
 import diffusion.sampler
+from d4rl_gymnasium.files import DamagedFileError, save
 from diffusion import BehaviorModel, EnergyGuidedSampler, sample_actions, training
 from diffusion.sampler import cached_behavior, cached_support
 
@@ -64,6 +65,8 @@ def names_of(runs_dir):
 def test_a_model_and_its_support_actions_are_made_once(tmp_path, data, capsys):
     first = sampler_of(tmp_path, data)
     assert "cache hit" not in capsys.readouterr().out
+    (cached,) = tmp_path.glob("cache/behavior-*.pt")
+    cached.with_name(f"{cached.name}.partial").write_bytes(b"of a process that was killed")
     again = sampler_of(tmp_path, data)
     output = capsys.readouterr().out
     assert "cache hit: behavior from" in output and "cache hit: support-0 from" in output
@@ -72,6 +75,15 @@ def test_a_model_and_its_support_actions_are_made_once(tmp_path, data, capsys):
     for x, y in zip(first.behavior.parameters(), again.behavior.parameters(), strict=True):
         assert torch.equal(x, y) and not x.requires_grad and not y.requires_grad
     assert not list(tmp_path.glob("cache/*.partial"))
+
+
+def test_a_cached_file_that_holds_something_else_is_refused(tmp_path, data):
+    sampler_of(tmp_path, data)
+    for file in tmp_path.glob("cache/*.pt"):
+        save(file, {"behavior": {}, "rows": torch.zeros(3)})
+        with pytest.raises(DamagedFileError, match=f"{file.name} is of another version"):
+            sampler_of(tmp_path, data)
+        file.unlink()
 
 
 @pytest.mark.parametrize(
