@@ -1,8 +1,10 @@
 """What every script needs around a run: settings, wandb, and errors that end in one line."""
 
 import argparse
+import dataclasses
 import errno
 import inspect
+import json
 import operator
 import os
 import re
@@ -32,9 +34,12 @@ HIGHEST |= dict.fromkeys(("energy_batch_size", "n_unguided"), 10**6)
 HIGHEST |= dict.fromkeys(("hidden_dim", "behavior_width", "energy_hidden", "model_width"), 10**4)
 HIGHEST |= dict.fromkeys(("n_episodes", "utd", "generated_updates", "n_negatives"), 10**4)
 HIGHEST |= dict.fromkeys(("n_reference", "n_support", "n_max_actions", "cql_n_actions"), 10**4)
-HIGHEST |= dict.fromkeys(("threads", "diffusion_steps", "n_denoising_steps"), 1000)
+HIGHEST |= dict.fromkeys(("diffusion_steps", "n_denoising_steps"), 1000)
 HIGHEST |= dict.fromkeys(("n_hidden", "q_n_hidden_layers", "policy_n_hidden_layers"), 100)
-HIGHEST |= {"model_depth": 100}  # what no machine can hold or end; of all else 10**9
+HIGHEST |= {
+    "model_depth": 100,
+    "threads": 256,
+}  # what no machine can hold or end; of all else 10**9
 WANDB_SECONDS = 20  # that wandb may take to reach its server
 
 
@@ -50,11 +55,10 @@ def errors_in_one_line():
     except (DatasetError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        cure = CURE.get(error.errno, "the system's last word on this file")
-        known = error.filename is not None
-        sys.exit(
-            f"error: {error.filename}: {error.strerror}: {cure}" if known else f"error: {error}"
-        )
+        if error.filename is None:  # of files.py, in its own words
+            sys.exit(f"error: {one_line(error)}")
+        cure = CURE.get(error.errno, "mend this, then run the same command again")
+        sys.exit(f"error: {error.filename}: {error.strerror}: {cure}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
@@ -82,11 +86,27 @@ def parse(config_class: type, args: list[str] | None = None):
     comments = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config_class), re.M)
     for action in parser._actions:  # pyrallis takes a banner for the comment of what is below it
         action.help = dict(comments).get(action.dest, action.help)
+    args = _quoted(sys.argv[1:] if args is None else args, config_class)
     try:
         _check_file(args)
         return parser.parse_args(args)
     except Exception as error:
         sys.exit(f"error: {one_line(error)}")
+
+
+def _quoted(args, config_class):
+    """Arguments with quotes around strings: pyrallis reads values as YAML, where 007 is 7."""
+    names = {f"--{field.name}" for field in dataclasses.fields(config_class) if field.type is str}
+    quoted, before = [], None
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if name in names and equals:
+            arg = f"{name}={json.dumps(value, ensure_ascii=False)}"
+        elif before in names and not arg.startswith("--"):
+            arg = json.dumps(arg, ensure_ascii=False)
+        quoted.append(arg)
+        before = name
+    return quoted
 
 
 class _NoKeyTwice(yaml.SafeLoader):
@@ -128,7 +148,7 @@ def wandb_init(mode: str, **settings):
             try:
                 if attempt == "online" and variable not in (None, "", "online"):
                     raise ValueError(f"WANDB_MODE is {variable}")
-                if attempt == "online" and not _logged_in():
+                if attempt == "online" and not wandb.login(prompt=False):
                     raise ValueError("not logged in: see `wandb login`")
                 options = wandb.Settings(silent=True, init_timeout=WANDB_SECONDS)
                 return wandb.init(
@@ -141,7 +161,3 @@ def wandb_init(mode: str, **settings):
     finally:
         if variable is not None:
             os.environ["WANDB_MODE"] = variable
-
-
-def _logged_in():
-    return wandb.login(prompt=False)

@@ -56,6 +56,7 @@ def updates_of(script, path, **settings):
     own = DARE | {"behavior_iterations": 0, "n_support": 4} if script in DARES else {}
     sizes = dict(env="hopper-medium-v2", data=str(DATA), wandb="disabled", device="cpu")
     sizes |= dict(hidden_dim=8, batch_size=B, offline_iterations=12, online_iterations=60)
+    sizes |= dict(initial_collection_steps=50)
     config = script.TrainConfig(**sizes | own | settings, runs_dir=str(path))
     made, torch_seed = [], torch.random.get_rng_state()
 

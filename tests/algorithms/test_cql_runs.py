@@ -58,7 +58,8 @@ def test_returns_of_both_buffers_are_those_of_their_rewards(monkeypatch, tmp_pat
 
     monkeypatch.setattr(cal_ql, "ReplayBuffer", Buffer)
     monkeypatch.setattr(d4rl.ResumableEnv, "step", watched)
-    run(cal_ql, tmp_path, offline_iterations=1, online_iterations=12)
+    sizes = dict(offline_iterations=1, online_iterations=12, initial_collection_steps=11)
+    run(cal_ql, tmp_path, **sizes)
     offline, online = (buffer.rows(slice(None)) for buffer in buffers)
     dataset = d4rl.qlearning_dataset(ENV, data=DATA)
     rewards = 10 * dataset["rewards"] - 5

@@ -409,9 +409,13 @@ def assert_equal(found, expected, where="checkpoint"):
 
 
 @pytest.mark.parametrize("baseline, script", [(iql, edis_iql), (cal_ql, edis_cql)], ids=NAMES)
-def test_without_a_training_the_run_is_its_baseline(tmp_path, baseline, script):
+def test_without_a_training_the_run_is_its_baseline(tmp_path, capsys, baseline, script):
+    """And says so, before it reads the data."""
     expected = checkpoint(run(tmp_path, baseline))
+    capsys.readouterr()
     found = checkpoint(run(tmp_path, script, edis_start=1_000, **always_generated(script)))
+    said = "no model is trained up to --edis_start: this is the baseline\n"
+    assert capsys.readouterr().out.startswith(said)
     for key in ("trainer", "rng", "online_buffer"):
         assert_equal(found[key], expected[key])
 

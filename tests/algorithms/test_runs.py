@@ -1,6 +1,7 @@
 """Whole runs at tiny sizes: what they write, which methods agree, what other settings change."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -112,7 +113,8 @@ def test_rows_are_means_over_the_steps_since_the_last_row(monkeypatch, group, tm
 
 def test_the_end_of_a_run_names_its_scores(group, tmp_path, capsys):
     """The last four evaluations, or those that there are; the agent's before fine-tuning first."""
-    sizes = dict(offline_iterations=0, online_iterations=6, eval_freq=1, n_episodes=1)
+    sizes = dict(offline_iterations=0, online_iterations=6, initial_collection_steps=5)
+    sizes |= dict(eval_freq=1, n_episodes=1)
     path = run(group.baseline, tmp_path, **sizes)
     scores = [float(r["d4rl_normalized_score"]) for r in rows(path, "eval", "online")]
     assert len(scores) == 7
@@ -153,6 +155,28 @@ def test_a_cached_behavior_model_changes_no_result(group, finished, cached_runs,
     for kind in ("behavior", "support-50"):
         assert f"cache hit: {kind} from" in output
     assert_same_end(path, finished)
+
+
+def test_steps_per_second_are_those_of_steps_alone(monkeypatch, group, finished, cached_runs):
+    """Not of evaluations, which take hours here, nor of the behavior model's training."""
+    clock, script, sampler = time.perf_counter, group.dare, group.dare.EnergyGuidedSampler
+    late, eval_actor = [0.0], script.eval_actor
+
+    def slow(function):
+        def slowed(*args, **kwargs):
+            late[0] += 10_000.0
+            return function(*args, **kwargs)
+
+        return slowed
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
+    monkeypatch.setattr(script, "eval_actor", slow(eval_actor))
+    monkeypatch.setattr(script, "EnergyGuidedSampler", slow(sampler))
+    sizes = dict(online_iterations=120, eval_freq=40, load_model=str(finished / "offline.pt"))
+    path = run(script, cached_runs, **sizes)
+    assert late[0] == 50_000.0
+    rates = [float(r["steps_per_second"]) for r in rows(path, "train")]
+    assert len(rates) == 3 and min(rates) > 0.1
 
 
 # --- Other settings ---

@@ -12,7 +12,8 @@ from lib.experiments import ROOT
 DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
 COMMAND = ["python", "algorithms/iql.py", "--env", "hopper-medium-v2", "--data", str(DATA)]
 COMMAND += """--wandb disabled --device cpu --hidden_dim 8 --batch_size 8 --offline_iterations 1
-    --online_iterations 2 --n_episodes 1 --eval_freq 2 --log_freq 1""".split()
+    --online_iterations 2 --initial_collection_steps 1 --n_episodes 1 --eval_freq 2
+    --log_freq 1""".split()
 
 
 def test_an_attempt(tmp_path, monkeypatch):
