@@ -104,7 +104,7 @@ class TrainConfig:
     mixing_ratio: float = 0.5  # offline share of an online batch (PEX, Cal-QL)
     is_sparse_reward: bool = None  # the return of a failed episode is r / (1 - gamma), Table 4
     # DARE
-    exchange: str = "gaussian"  # gaussian (Eqs. 8 to 10), direct (Sec. 7.5) or none
+    exchange: str = "gaussian"  # gaussian (Eqs. 8 to 10), direct (Sec. 7.5), random or none
     max_exchange: int = 32  # n of Eq. 10, the pairs at most, App. B.1
     online_loss: str = "td"  # of online-like rows: td (Eq. 14: no R) or none (R, as in Cal-QL)
     align: str = "gaussian_kl"  # reading of Eq. 7: gaussian_kl or softmax_kl
@@ -204,7 +204,8 @@ GUIDANCE_SCALE = {
     "antmaze-medium-diverse-v2": 3.0,
 }
 PRESETS |= {env: dict(guidance_scale=scale) for env, scale in GUIDANCE_SCALE.items()}
-CHOICES |= {"exchange": ("gaussian", "direct", "none"), "reference": ("guided", "resample")}
+CHOICES |= {"exchange": ("gaussian", "direct", "random", "none")}
+CHOICES |= {"reference": ("guided", "resample")}
 CHOICES |= {"online_loss": ("td", "none"), "align": ("gaussian_kl", "softmax_kl")}
 LOWEST |= dict(n_reference=1, diffusion_steps=1, behavior_batch_size=1)
 LOWEST |= dict(behavior_width=4, n_support=2, energy_hidden=1, energy_batch_size=1)
@@ -595,20 +596,39 @@ def separation_point(offline_scores: torch.Tensor, online_scores: torch.Tensor) 
     return (mean + u).to(offline_scores.dtype)
 
 
+def count_misplaced(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """M of Eq. 10 of offline (x) and online (y) scores, without a cap; and the separation point."""
+    separation = separation_point(x, y)
+    return torch.minimum((x >= separation).sum(), (y < separation).sum()), separation
+
+
+def score_statistics(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Do scores tell offline rows (x) from online ones (y)? To log: the Gaussians of Eq. 8, the
+    share of pairs in which the offline score is the lower one, and M under permuted labels.
+    """
+    permuted = torch.cat([x, y])[torch.rand(len(x) + len(y), device=x.device).argsort()]
+    by_chance, _ = count_misplaced(permuted[: len(x)], permuted[len(x) :])
+    log_dict = {"auc": (x[:, None] < y).float().mean(), "exchanged_by_chance": by_chance.float()}
+    log_dict |= {"mu_offline": x.mean(), "sigma_offline": x.std(correction=0)}
+    return log_dict | {"mu_online": y.mean(), "sigma_online": y.std(correction=0)}
+
+
 def exchange(
     offline_batch: TensorBatch,
     online_batch: TensorBatch,
     offline_scores: torch.Tensor,
     online_scores: torch.Tensor,
     max_exchange: float = math.inf,
+    at_random: bool = False,
 ) -> tuple[TensorBatch, TensorBatch, torch.Tensor, torch.Tensor]:
     """Swap the M highest-scored offline rows at or above the separation point with the M
     lowest-scored online rows below it, Eq. 10; returns both batches, M and the point.
     """
-    separation = separation_point(offline_scores, online_scores)
-    online_like = (offline_scores >= separation).sum()
-    offline_like = (online_scores < separation).sum()
-    exchanged = torch.minimum(online_like, offline_like).clamp(max=max_exchange).floor()
+    exchanged, separation = count_misplaced(offline_scores, online_scores)
+    exchanged = exchanged.clamp(max=max_exchange).floor()
+    if at_random:  # the control: as many rows, whatever their scores
+        offline_scores = torch.rand_like(offline_scores)
+        online_scores = torch.rand_like(online_scores)
     n, n_pairs = len(offline_scores), min(len(offline_scores), len(online_scores))
     i = offline_scores.argsort(descending=True, stable=True)[:n_pairs]
     j = online_scores.argsort(stable=True)[:n_pairs] + n
@@ -880,11 +900,10 @@ def train(config: TrainConfig):
             if config.exchange == "direct":
                 *batches, exchanged, separation = direct_exchange(*batches, *halves)
             else:
-                cap = config.max_exchange
-                *batches, exchanged, separation = exchange(*batches, *halves, cap)
+                rule = config.max_exchange, config.exchange == "random"
+                *batches, exchanged, separation = exchange(*batches, *halves, *rule)
             log_dict |= {"exchanged": exchanged.float(), "separation": separation}
-            for name, half in (("offline", halves[0]), ("online", halves[1])):
-                log_dict |= {f"mu_{name}": half.mean(), f"sigma_{name}": half.std(correction=0)}
+            log_dict |= score_statistics(*halves)
             batch = map(torch.cat, zip(*batches, strict=True))
             return log_dict | trainer.train(TensorBatch(*batch))
 

@@ -233,6 +233,38 @@ def test_exchange_of_permuted_batches_gives_the_same_scores(scores, cap, random)
     assert results[0] == results[1]
 
 
+def test_the_control_exchanges_as_many_rows_whatever_their_scores():
+    """--exchange random: the same M, every row of a half equally often."""
+    torch.manual_seed(0)
+    args = halves([0.0, 1.0, 2.0, 8.0, 9.0, 9.5], [10.0, 11.0, 12.0, 3.0, 4.0, 1.0])
+    *_, m, separation = exchange(*args)
+    assert 0 < m < 6
+    left = torch.zeros(12)
+    for _ in range(600):
+        offline, online, m_random, same = exchange(*args, at_random=True)
+        assert (m_random, same) == (m, separation)
+        went = [i for i in ids_of(online) if i < 6] + [j for j in ids_of(offline) if j >= 6]
+        assert len(went) == 2 * m
+        left[went] += 1
+    deviation = math.sqrt(600 * (m / 6) * (1 - m / 6))
+    assert ((left - 600 * m / 6).abs() < 4 * deviation).all()
+    assert exchange(*args, 1, at_random=True)[2] == 1  # the cap holds
+
+
+def test_statistics_of_scores_that_tell_the_halves_apart_and_of_others():
+    torch.manual_seed(0)
+    near, far = torch.rand(128), 2 + torch.rand(128)
+    stats = dare_iql.score_statistics(near, far)
+    assert stats["auc"] == 1 and exchange(*halves(near, far))[2] == 0
+    assert stats["mu_online"] == far.mean() and stats["sigma_offline"] == near.std(correction=0)
+    # Of halves that are apart half of the rows stand on the wrong side once labels are permuted.
+    chance = [dare_iql.score_statistics(near, far)["exchanged_by_chance"] for _ in range(50)]
+    assert torch.stack(chance).mean() == pytest.approx(64, abs=3)
+    assert dare_iql.score_statistics(far, near)["auc"] == 0
+    same = [dare_iql.score_statistics(*torch.randn(2, 128)) for _ in range(50)]
+    assert torch.stack([x["auc"] for x in same]).mean() == pytest.approx(0.5, abs=0.02)
+
+
 def test_one_distinct_score_exchanges_nothing():
     args = halves([1.5] * 5, [1.5] * 5)
     offline, online, m, separation = exchange(*args)

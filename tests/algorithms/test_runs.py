@@ -19,8 +19,8 @@ from tiny_runs import (
     run,
 )
 
-DARE_COLUMNS = """exchanged separation mu_offline mu_online sigma_offline sigma_online
-    energy_loss""".split()
+DARE_COLUMNS = """exchanged exchanged_by_chance auc separation mu_offline mu_online
+    sigma_offline sigma_online energy_loss""".split()
 
 
 # --- Files of a run ---
@@ -82,6 +82,7 @@ def test_train_csv(group, finished):
             assert all((row[k] != "") == (updated and phase == "online") for k in DARE_COLUMNS)
     exchanged = [float(r["exchanged"]) for r in found if r["exchanged"]]
     assert 0 <= min(exchanged) < max(exchanged) <= 16
+    assert all(0 < float(r["auc"]) < 1 for r in found if r["auc"])
 
 
 @pytest.mark.parametrize("name", ["eval.csv", "train.csv", "config.yaml"])
