@@ -104,6 +104,7 @@ class TrainConfig:
     behavior_iterations: int = 600_000  # updates of the behavior model, App. B.5
     behavior_batch_size: int = 4096  # rows of its batches, App. B.5
     behavior_lr: float = 1e-4  # its learning rate, App. B.5
+    behavior_lr_decay: bool = False  # warm-up and cosine decay of it (fast_behavior.yaml)
     behavior_width: int = 512  # units of its widest layer (CEP)
     n_support: int = None  # K, support actions per state of Eq. 34, App. B.5
     n_support_states: int = 0  # dataset states that get support actions; 0 (and resample) is all

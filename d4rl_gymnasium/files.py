@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 
 class DamagedFileError(OSError):
@@ -89,3 +90,16 @@ def contents_of(path: Path):
             f"{path} is of another version, or no such file ({reason}): put the right one there, "
             "or move it away to start afresh"
         ) from error
+
+
+@contextmanager
+def locked(path: Path):
+    """Hold the lock of a file that is to be made once; say so when another process has it."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for {path}, which another process is making", flush=True)
+        held = lock.acquire()
+    with held:
+        yield

@@ -8,17 +8,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
-from d4rl_gymnasium.files import contents_of, load, save
+from d4rl_gymnasium.files import contents_of, load, locked, save
 from diffusion.networks import BehaviorModel, EnergyModel
 from diffusion.sampling import draw_support_actions, sample_actions
-from diffusion.training import energy_loss, own_draws, train_behavior
+from diffusion.training import SETTINGS, energy_loss, own_draws, train_behavior
 
 SUPPORT_CHUNK = 100  # online states that support actions are drawn for at once, for speed
-BEHAVIOR_FIELDS = ("precision", "behavior_seed", "behavior_iterations", "behavior_batch_size")
-BEHAVIOR_FIELDS += ("behavior_lr", "behavior_width")
+BEHAVIOR_FIELDS = ("precision", "behavior_width", *SETTINGS)
 SUPPORT_FIELDS = (*BEHAVIOR_FIELDS, "n_support", "diffusion_steps")
 
 
@@ -155,11 +153,8 @@ def cached_behavior(config, states: Tensor, actions: Tensor, accelerate) -> Beha
             with contents_of(path):
                 model.load_state_dict(load(path)["behavior"])
         else:
-            updates = config.behavior_iterations
-            train_behavior(
-                model, states, actions, updates, config.behavior_batch_size, config.behavior_lr,
-                config.behavior_seed, path, progress("behavior model", updates), accelerate,
-            )  # fmt: skip
+            report = progress("behavior model", config.behavior_iterations)
+            train_behavior(model, states, actions, config, path, report, accelerate)
             save(path, {"behavior": model.state_dict()})
         with suppress(OSError):  # after a kill at this point the next run does it
             os.unlink(f"{path}.partial")
@@ -199,25 +194,19 @@ def _cached(kind: str, config, fields: tuple, states: Tensor, actions: Tensor):
         yield path
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for {path}, which another process is making", flush=True)
-        held = lock.acquire()
-    with held:
+    with locked(path):
         yield path
 
 
-def progress(name: str, total: int) -> Callable:
+def progress(what: str, total: int) -> Callable:
     """What prints a line at every tenth of a long computation, given what is done and a loss."""
     shown = 0
 
-    def report(done: int, *loss: float):
+    def report(done: int, **losses: float):
         nonlocal shown
         if done == total or done * 10 // total > shown:
             shown = done * 10 // total
-            losses = "".join(f", loss {x:.4f}" for x in loss)
-            print(f"{name}: {done:,} of {total:,}{losses}", flush=True)
+            text = "".join(f", {name.replace('_', ' ')} {x:.4f}" for name, x in losses.items())
+            print(f"{what}: {done:,} of {total:,}{text}", flush=True)
 
     return report

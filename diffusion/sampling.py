@@ -62,19 +62,15 @@ def draw_support_actions(
     n_samples: int,
     steps: int = 10,
     chunk: int = 4096,
-    max_action: float | None = 1.0,
-    generator: torch.Generator | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] = lambda states_done: None,
 ) -> Tensor:
     """Unguided actions [N, n_samples, A] for states [N, S]: what Eq. 34 compares the energies of.
 
     `chunk` states at a time; `on_progress(states_done)` is called after every chunk.
     """
     result = states.new_empty((len(states), n_samples, behavior.action_dim))
-    options = {"steps": steps, "max_action": max_action, "generator": generator}
     for start in range(0, len(states), chunk):
         rows = slice(start, start + chunk)
-        result[rows] = sample_actions(behavior, states[rows], n_samples, **options)
-        if on_progress is not None:
-            on_progress(min(start + chunk, len(states)))
+        result[rows] = sample_actions(behavior, states[rows], n_samples, steps=steps)
+        on_progress(min(start + chunk, len(states)))
     return result

@@ -1,5 +1,6 @@
 """Losses of the two networks, and the loop that fits the behavior model to a dataset."""
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +17,11 @@ from diffusion.process import T_MAX, T_MIN, perturb
 
 REPORT_EVERY = 1_000  # updates between looks at the loss, each of which waits for the device
 SAVE_SECONDS = 300.0  # age at which a report saves the training again
+SETTINGS = ("behavior_iterations", "behavior_batch_size", "behavior_lr", "behavior_lr_decay")
+SETTINGS += ("behavior_seed",)
+WARM_UP = 0.02  # share of the updates
+# Of the twentieth of the rows that is held out; a rise of its loss to be warned of.
+HELD_OUT_ROWS, OVERFITTED = 10_000, 1.05
 
 
 def _perturbed(actions: Tensor, t_shape: tuple[int, ...], generator: Generator | None):
@@ -59,45 +65,52 @@ def train_behavior(
     model: BehaviorModel,
     states: Tensor,
     actions: Tensor,
-    updates: int = 600_000,
-    batch_size: int = 4096,
-    learning_rate: float = 1e-4,
-    seed: int = 0,
-    path: str | os.PathLike | None = None,
-    on_progress: Callable[[int, float], None] | None = None,
-    accelerate: Callable[[Callable], Callable] | None = None,
+    config,
+    path: str | os.PathLike,
+    on_progress: Callable = lambda done, **losses: None,
+    accelerate: Callable = lambda update: update,
 ) -> float:
-    """Fit nu_0 to states [N, S], actions [N, A] (defaults: App. B.5); return the last mean loss.
+    """Fit nu_0 to states [N, S], actions [N, A], by the SETTINGS of `config`; return the last loss.
 
-    `on_progress(updates_done, mean_loss)` is called every 1,000 updates and at the end. With `path`
-    the training is kept in `path` + ".partial", and a call that finds the file goes on from it.
-    Raises FloatingPointError when the loss is not finite, DamagedFileError when the partial file is
-    damaged or holds another training.
+    `on_progress(updates_done, loss=, held_out_loss=)` is called every 1,000 updates and at the end;
+    loss is the mean since the last call. The training is kept in `path` + ".partial"; a call that
+    finds the file goes on from it. Raises FloatingPointError when the loss is not finite,
+    DamagedFileError when the partial file is damaged or holds another training.
     """
-    settings = [len(states), batch_size, learning_rate, seed]
-    optimizer = torch.optim.Adam(model.parameters(), learning_rate, fused=True, capturable=True)
-    loss_sum = torch.zeros((), device=states.device)
-    update = _update(model, optimizer, loss_sum, states, actions, batch_size)
-    update = update if accelerate is None else accelerate(update)
-    partial = None if path is None else Path(f"{os.fspath(path)}.partial")
-    with own_draws(seed):
-        start, mean_loss = 0, float("nan")
-        if partial is not None and partial.exists():
-            start, mean_loss = _restore(partial, settings, updates, model, optimizer)
+    updates, partial = config.behavior_iterations, Path(f"{path}.partial")
+    settings = [len(states), *(getattr(config, field) for field in SETTINGS)]
+    data, unseen = _hold_out(states, actions)
+    lr, loss_sum = torch.zeros((), device=states.device), torch.zeros((), device=states.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True, capturable=True)
+    update = accelerate(_update(model, optimizer, loss_sum, *data, config.behavior_batch_size))
+    with own_draws(config.behavior_seed):
+        start, losses, smallest = 0, {"loss": math.nan, "held_out_loss": math.nan}, math.inf
+        if partial.exists():
+            start, losses, smallest = _restore(partial, settings, updates, model, optimizer)
+            optimizer.param_groups[0]["lr"] = lr
         reported, saved = start, time.monotonic()
         for step in range(start + 1, updates + 1):
+            lr.fill_(_rate(config, step / updates))
             update()
             if step < updates and step % REPORT_EVERY:
                 continue
-            _check_finite(step, loss_sum, *model.parameters())
-            mean_loss, reported = (loss_sum / (step - reported)).item(), step
+            losses = _losses(model, loss_sum / (step - reported), unseen, step)
+            smallest, reported = min(smallest, losses["held_out_loss"]), step
             loss_sum.zero_()
-            if partial and (step == updates or time.monotonic() - saved >= SAVE_SECONDS):
-                _save(partial, settings, model, optimizer, step, mean_loss)
+            if step == updates or time.monotonic() - saved >= SAVE_SECONDS:
+                _save(partial, settings, model, optimizer, step, losses, smallest)
                 saved = time.monotonic()
-            if on_progress is not None:
-                on_progress(step, mean_loss)
-    return mean_loss
+            on_progress(step, **losses)
+    if losses["held_out_loss"] > OVERFITTED * smallest:
+        print(f"behavior model: overfitted, held-out loss up from {smallest:.4f}", flush=True)
+    return losses["loss"]
+
+
+def _hold_out(states, actions):
+    # Blocks of the file, since the rows of an episode are alike.
+    held_out = torch.arange(len(states), device=states.device) * 100 // len(states) % 20 == 10
+    unseen = states[held_out][:HELD_OUT_ROWS], actions[held_out][:HELD_OUT_ROWS]
+    return (states[~held_out], actions[~held_out]), unseen
 
 
 def _update(model, optimizer, loss_sum, states, actions, batch_size):
@@ -112,6 +125,24 @@ def _update(model, optimizer, loss_sum, states, actions, batch_size):
     return update
 
 
+def _rate(config, done):
+    if not config.behavior_lr_decay:
+        return config.behavior_lr
+    # A linear warm-up, then a cosine to 0.
+    return config.behavior_lr * min(1, done / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _losses(model, mean_loss, unseen, step):
+    # The weights too: the last update may have broken them after a finite loss.
+    if not all(torch.isfinite(x).all() for x in (mean_loss, *model.parameters())):
+        raise FloatingPointError(
+            f"behavior loss is not finite by update {step}: look for extreme values in the "
+            "dataset, or lower --behavior_lr"
+        )
+    with own_draws(0), torch.no_grad():  # the same times and noise each time
+        return {"loss": mean_loss.item(), "held_out_loss": behavior_loss(model, *unseen).item()}
+
+
 @contextmanager
 def own_draws(seed: int):
     """Draw from a seed of one's own, and leave the random state of the caller as it was."""
@@ -120,19 +151,10 @@ def own_draws(seed: int):
         yield
 
 
-def _check_finite(step, *tensors):
-    # The weights too: the last update may have broken them after a finite loss.
-    if not all(torch.isfinite(x).all() for x in tensors):
-        raise FloatingPointError(
-            f"behavior loss is not finite by update {step}: look for extreme values in the "
-            "dataset, or lower the learning rate"
-        )
-
-
-def _save(partial, settings, model, optimizer, step, mean_loss):
-    state = {"settings": settings, "step": step, "mean_loss": mean_loss}
-    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+def _save(partial, settings, model, optimizer, step, losses, smallest):
     cuda_rng = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    state = {"settings": settings, "step": step, "losses": losses, "smallest": smallest}
+    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     save(partial, state | {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng})
 
 
@@ -147,4 +169,4 @@ def _restore(partial, settings, updates, model, optimizer):
         torch.set_rng_state(state["rng"])
         if torch.cuda.is_available() and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
-        return step, state["mean_loss"]
+        return step, state["losses"], state["smallest"]

@@ -27,10 +27,9 @@ import d4rl_gymnasium as d4rl
 from lib.experiments import ROOT
 
 sys.path.insert(0, str(ROOT / "algorithms"))
-from d4rl_gymnasium.runs import errors_in_one_line, parse  # noqa: E402
-
 import dare_iql  # noqa: E402
 from d4rl_gymnasium.files import load, write  # noqa: E402
+from d4rl_gymnasium.runs import errors_in_one_line, parse  # noqa: E402
 from diffusion import EnergyGuidedSampler, draw_support_actions, sample_actions  # noqa: E402
 
 NUMBERS = ["score", "error", "q_gain", "distance", "at_bounds"]

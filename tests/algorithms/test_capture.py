@@ -16,6 +16,7 @@ from tiny_runs import AGENTS, DARE, DATA, GROUPS, SCRIPTS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import dare_iql
 import diffusion.sampler
 import iql
 import pex
@@ -301,14 +302,17 @@ def test_replayed_resampling_equals_called(tmp_path, graphs):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_replayed_training_of_the_behavior_model(graphs):
+def test_replayed_training_of_the_behavior_model(tmp_path, graphs):
     torch.manual_seed(0)
     states, actions, models = torch.randn(50, S), torch.rand(50, A), []
-    config = as_on_cuda(iql.TrainConfig(env="hopper-medium-v2", device="cpu"))
-    for accelerate in (None, lambda update: iql.accelerate(update, config)):
+    settings = dict(behavior_iterations=CALLS, behavior_batch_size=16, behavior_lr_decay=True)
+    config = dare_iql.TrainConfig(env="hopper-medium-v2", device="cpu", **settings)
+    on_cuda = as_on_cuda(config)
+    for accelerate in (lambda update: update, lambda update: iql.accelerate(update, on_cuda)):
         torch.manual_seed(1)
         models.append(BehaviorModel(S, A, 8))
-        train_behavior(models[-1], states, actions, CALLS, 16, accelerate=accelerate)
+        path = tmp_path / str(len(models))
+        train_behavior(models[-1], states, actions, config, path, accelerate=accelerate)
     assert graphs[0].replays == CALLS - 3
     weights = [list(model.parameters()) for model in models]
     torch.testing.assert_close(*weights, rtol=0, atol=0)

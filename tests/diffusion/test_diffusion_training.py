@@ -1,5 +1,7 @@
 """What the two losses teach is compared with closed forms; the training loop is interrupted."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from gaussian_mixtures import Mixture, energy_distance_ratio
@@ -81,14 +83,22 @@ def test_energy_loss_is_minimised_by_the_exact_intermediate_energy(trained_energ
     assert (exact * learned).sum() / exact.square().sum() == pytest.approx(1, abs=0.15)
 
 
-def test_behavior_model_matches_a_conditional_distribution_of_two_modes():
+def config_of(updates, batch_size=32, lr=1e-3, seed=0, decay=False):
+    """The settings of a DARE script that train_behavior uses."""
+    return SimpleNamespace(
+        behavior_iterations=updates, behavior_batch_size=batch_size, behavior_lr=lr,
+        behavior_seed=seed, behavior_lr_decay=decay,
+    )  # fmt: skip
+
+
+def test_behavior_model_matches_a_conditional_distribution_of_two_modes(tmp_path):
     generator = seeded(0)
     states = 2 * torch.rand(100_000, 1, generator=generator) - 1
     actions = draw(conditional_mixture(states), 1, generator)[:, 0].float()
     torch.manual_seed(0)
     model = BehaviorModel(1, 2, width=32)
-    for seed, (updates, rate) in enumerate([(700, 4e-3), (420, 1e-3), (280, 2.5e-4)]):
-        loss = train_behavior(model, states, actions, updates, 1024, rate, seed)
+    config = config_of(1400, 1024, 4e-3, decay=True)
+    loss = train_behavior(model, states, actions, config, tmp_path / "model")
     assert loss < 0.13
     tested = torch.tensor([[-0.8], [-0.2], [0.3], [0.8]])
     samples = sample_actions(model, tested, 8192, max_action=None, generator=generator).double()
@@ -130,9 +140,8 @@ def new_model(seed=0):
     return BehaviorModel(3, 2, width=16)
 
 
-def train(model, path=None, updates=60, **options):
-    options = {"batch_size": 32, "learning_rate": 1e-3} | options
-    return train_behavior(model, *DATA, updates, path=path, **options)
+def train(model, path, updates=60, settings=None, **options):
+    return train_behavior(model, *DATA, config_of(updates, **settings or {}), path, **options)
 
 
 def assert_same_weights(first, second):
@@ -147,30 +156,41 @@ def often_reported(monkeypatch):
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
 
 
-def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, monkeypatch, often_reported):
+@pytest.mark.parametrize("decay", [False, True])
+def test_an_interrupted_training_ends_with_the_same_weights(
+    decay, tmp_path, monkeypatch, often_reported
+):
     whole, whole_reports, reports = new_model(), [], []
-    whole_loss = train(whole, on_progress=lambda *report: whole_reports.append(report))
+    settings = {"decay": decay}
+
+    def collect(found):
+        return lambda done, **losses: found.append((done, losses))
+
+    whole_loss = train(
+        whole, tmp_path / "whole", settings=settings, on_progress=collect(whole_reports)
+    )
     losses, calls = behavior_loss, []
 
     def killed(*arguments):
         calls.append(1)
-        if len(calls) > 50:
+        if len(calls) > 52:  # 50 updates and two looks at held-out rows
             raise MemoryError
         return losses(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "behavior_loss", killed)
         with pytest.raises(MemoryError):
-            train(new_model(), tmp_path / "model")
-    assert [p.name for p in tmp_path.iterdir()] == ["model.partial"]
+            train(new_model(), tmp_path / "model", settings=settings)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.partial", "whole.partial"]
     resumed = new_model(seed=1)
-    loss = train(resumed, tmp_path / "model", on_progress=lambda *report: reports.append(report))
+    path = tmp_path / "model"
+    loss = train(resumed, path, settings=settings, on_progress=collect(reports))
     assert loss == whole_loss
     assert [n for n, _ in reports] == [60]  # it was kept after 50 updates
     assert reports == whole_reports[2:]
     assert_same_weights(resumed, whole)
     again = new_model(seed=2)
-    assert train(again, tmp_path / "model") == whole_loss
+    assert train(again, path, settings=settings) == whole_loss
     assert_same_weights(again, whole)
 
 
@@ -191,10 +211,10 @@ def test_a_training_that_is_through_only_gives_its_model(tmp_path, often_reporte
     assert_same_weights(again, whole)
 
 
-def test_the_seed_decides_the_training():
+def test_the_seed_decides_the_training(tmp_path):
     first, again, other = new_model(), new_model(), new_model()
-    for model, seed in ((first, 3), (again, 3), (other, 4)):
-        train(model, updates=3, seed=seed)
+    for i, (model, seed) in enumerate([(first, 3), (again, 3), (other, 4)]):
+        train(model, tmp_path / str(i), updates=3, settings={"seed": seed})
     assert_same_weights(first, again)
     assert not torch.equal(first.output.weight, other.output.weight)
 
@@ -203,17 +223,19 @@ def in_bf16(update):
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)(update)
 
 
-def test_reduced_precision_does_not_use_stale_weights():
+def test_reduced_precision_does_not_use_stale_weights(tmp_path):
     reduced, nested, full = new_model(), new_model(), new_model()
-    train(full)
-    for model, context in ((reduced, in_bf16), (nested, lambda f: in_bf16(in_bf16(f)))):
-        train(model, accelerate=context)
+    train(full, tmp_path / "full")
+    train(reduced, tmp_path / "reduced", accelerate=in_bf16)
+    train(nested, tmp_path / "nested", accelerate=lambda f: in_bf16(in_bf16(f)))
     assert_same_weights(nested, reduced)
     assert not torch.equal(reduced.output.weight, full.output.weight)
     torch.testing.assert_close(reduced.output.weight, full.output.weight, rtol=0, atol=0.01)
 
 
-def test_progress_is_reported_with_the_mean_since_the_last_report(monkeypatch, often_reported):
+def test_progress_is_reported_with_the_mean_since_the_last_report(
+    tmp_path, monkeypatch, often_reported
+):
     values = iter(range(1000))
 
     def counted(model, *_):
@@ -221,16 +243,64 @@ def test_progress_is_reported_with_the_mean_since_the_last_report(monkeypatch, o
 
     monkeypatch.setattr(training, "behavior_loss", counted)
     reports = []
-    last = train(new_model(), on_progress=lambda *report: reports.append(report))
-    assert reports == [(25, 12.0), (50, 37.0), (60, 54.5)]
-    assert last == 54.5
+    last = train(
+        new_model(),
+        tmp_path / "model",
+        on_progress=lambda done, loss, held_out_loss: reports.append((done, loss, held_out_loss)),
+    )
+    # The look at held-out rows after each 25 updates takes a number too.
+    assert reports == [(25, 12.0, 25.0), (50, 38.0, 51.0), (60, 56.5, 62.0)]
+    assert last == 56.5
+
+
+def test_held_out_rows_are_a_twentieth_that_is_never_trained_on(tmp_path, monkeypatch):
+    states = torch.arange(1000.0)[:, None].expand(-1, 3)
+    seen, loss = [], behavior_loss
+
+    def watched(model, states, actions):
+        seen.append(set(states[:, 0].int().tolist()))
+        return loss(model, states / 1000, actions)
+
+    monkeypatch.setattr(training, "behavior_loss", watched)
+    train_behavior(new_model(), states, torch.rand(1000, 2), config_of(200), tmp_path / "model")
+    *trained_on, held_out = seen
+    assert held_out == {x for x in range(1000) if x // 10 % 20 == 10}
+    assert set.union(*trained_on) == set(range(1000)) - held_out
+
+
+def test_overfitting_is_said(tmp_path, often_reported, capsys):
+    """Random actions of few states: what is learned by heart misleads elsewhere."""
+    torch.manual_seed(0)
+    states, actions = torch.randn(40, 3), torch.rand(40, 2) * 2 - 1
+    model = BehaviorModel(3, 2, width=64)
+    train_behavior(model, states, actions, config_of(50, 64, 1e-4), tmp_path / "short")
+    assert "overfitted" not in capsys.readouterr().out
+    train_behavior(model, states, actions, config_of(400, 64, 3e-3), tmp_path / "long")
+    assert "behavior model: overfitted, held-out loss up from" in capsys.readouterr().out
+
+
+def test_the_rate_warms_up_and_decays_to_zero(tmp_path, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+
+    def noted(optimizer):
+        rates.append(optimizer.param_groups[0]["lr"].item())
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    train(new_model(), tmp_path / "constant", updates=3)
+    assert rates == pytest.approx([1e-3] * 3)
+    rates.clear()
+    train(new_model(), tmp_path / "decayed", updates=200, settings={"decay": True})
+    assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3], rel=2e-3)
+    assert rates[99] == pytest.approx(5e-4) and rates[-1] == pytest.approx(0, abs=1e-9)
+    assert rates[3:] == sorted(rates[3:], reverse=True)
 
 
 def test_a_loss_that_is_not_finite_stops_and_is_not_kept(tmp_path, often_reported):
     states, actions = DATA[0].clone(), DATA[1]
     states[7] = float("nan")
     with pytest.raises(FloatingPointError, match="behavior loss is not finite by update 25"):
-        train_behavior(new_model(), states, actions, 100, 256, path=tmp_path / "model")
+        train_behavior(new_model(), states, actions, config_of(100, 256), tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
@@ -247,10 +317,11 @@ def test_weights_broken_by_the_last_update_are_not_returned(tmp_path, monkeypatc
 def test_a_foreign_or_broken_partial_file_is_refused(tmp_path):
     path = tmp_path / "model"
     train(new_model(), path, updates=2)
-    past_its_end = {"updates": 1}
-    for options in ({"seed": 1}, {"batch_size": 16}, {"learning_rate": 0.1}, past_its_end):
+    for settings in ({"seed": 1}, {"batch_size": 16}, {"lr": 0.1}, {"decay": True}):
         with pytest.raises(DamagedFileError, match="2 updates of another training"):
-            train(new_model(), path, **options)
+            train(new_model(), path, updates=2, settings=settings)
+    with pytest.raises(DamagedFileError, match="2 updates of another training"):
+        train(new_model(), path, updates=1)
     partial = tmp_path / "model.partial"
     partial.write_bytes(partial.read_bytes()[:1000])
     with pytest.raises(DamagedFileError, match="model.partial is damaged .*move it away"):

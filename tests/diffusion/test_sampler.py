@@ -19,7 +19,8 @@ S, A, N = 3, 2, 40
 SETTINGS = dict(
     env="hopper-medium-v2", device="cpu", precision="fp32", mixing_ratio=0.5, reference="guided",
     n_reference=1, guidance_scale=3.0, diffusion_steps=3, behavior_seed=0, behavior_iterations=6,
-    behavior_batch_size=8, behavior_lr=1e-3, behavior_width=8, n_support=4, n_support_states=0,
+    behavior_batch_size=8, behavior_lr=1e-3, behavior_lr_decay=False,
+    behavior_width=8, n_support=4, n_support_states=0,
     energy_hidden=8, energy_beta=2.0, energy_normalize=True, energy_iterations=5,
     energy_batch_size=16, energy_lr=1e-3,
 )  # fmt: skip
@@ -215,7 +216,7 @@ def test_an_interrupted_training_goes_on(tmp_path, data, monkeypatch):
 
     def stopped(*args):
         calls.append(None)
-        if len(calls) == 5:
+        if len(calls) == 7:  # update 5: two looks at held-out rows came before
             raise KeyboardInterrupt
         return losses(*args)
 
@@ -224,7 +225,7 @@ def test_an_interrupted_training_goes_on(tmp_path, data, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cached_behavior(config_of(tmp_path), *data, same)
     found = cached_behavior(config_of(tmp_path), *data, same)
-    assert len(calls) == 5 + 2  # it went on from update 4 of 6
+    assert len(calls) == 7 + 3  # it went on from update 4 of 6, and looked once more
     for x, y in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(x, y)
 
