@@ -1,15 +1,19 @@
 """Times the hot computations: python results/benchmark.py [--device cuda] [--precision bf16]
 
 One line per computation: median milliseconds of a warm call, calls per second, and the share of
-the machine's matrix-product rate in the same precision, measured beside each call. --scripts times
-whole scripts instead, by short runs: milliseconds of an offline update and of an online step.
---profile NAME prints where the time of one computation goes; --output FILE.csv appends the table.
+the machine's matrix-product rate in the same precision, measured beside each call. --against times
+CORL's and CEP's classes beside ours, by your checkouts of both, and prints how many times faster
+ours are. --scripts times whole scripts, by short runs: milliseconds of an offline update and of an
+online step. --profile NAME prints where the time of one computation goes; --output FILE.csv appends
+the table.
 """
 
 import argparse
 import contextlib
 import importlib
 import io
+import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -23,7 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import diffusion
+from grid import git_commit
 from lib.attempt import hardware
+from lib.checkouts import calls_of
 from lib.experiments import ROOT
 from lib.records import csv_text, read_rows
 
@@ -31,6 +37,8 @@ sys.path.insert(0, str(ROOT / "algorithms"))
 
 ENV, ROWS, STATE_DIM, ACTION_DIM = "hopper-medium-replay-v2", 100_000, 11, 3
 WIDTHS = {"computation": 45, "ms": 10, "per_second": 12, "share_of_products": 19, "gflop": 10}
+RATIO_WIDTHS = {"computation": 40, "ours": 15, "times_as_fast": 15, "quartiles": 15}
+RATIO_WIDTHS |= {"their_ms": 10, "our_ms": 10, "rounds": 8}
 
 
 class ProductCounter(TorchDispatchMode):
@@ -54,11 +62,12 @@ class Clock:
         dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
         self.x = torch.randn(args.product, args.product, dtype=dtype, device=args.device)
 
-    def duration(self, call) -> float:
-        """Seconds of one call."""
+    def duration(self, call, n: int = 1) -> float:
+        """Seconds of n calls."""
         self.synchronize()
         start = time.perf_counter()
-        call()
+        for _ in range(n):
+            call()
         self.synchronize()
         return time.perf_counter() - start
 
@@ -71,8 +80,7 @@ class Clock:
         """Time a call until `repeats` are done or `seconds` have passed, at least three times."""
         with ProductCounter() as counter:
             call()
-        for _ in range(4):  # warm up, and record where the call is a CUDA graph
-            call()
+        warm_up(call)
         product, times, rates = 2.0 * len(self.x) ** 3, [], []
         self.x @ self.x
         end = time.perf_counter() + self.seconds
@@ -88,6 +96,50 @@ class Clock:
             "gflop": f"{flop / 1e9:.4g}" if flop else "",
         }
 
+    def compare(self, theirs, ours: dict) -> list[dict]:
+        """How many times faster ours are, in rounds that time all one after the other, so that what
+        else the machine does meets all alike.
+        """
+        calls = {"theirs": theirs, **ours}
+        for call in calls.values():
+            warm_up(call)
+        n = 1 + int(0.05 / self.duration(theirs))  # calls that are timed together
+        rounds, end = [], time.perf_counter() + self.seconds
+        while len(rounds) < 3 or (len(rounds) < self.repeats and time.perf_counter() < end):
+            rounds.append({name: self.duration(call, n) for name, call in calls.items()})
+        rows = []
+        for name in ours:
+            ratios = [times["theirs"] / times[name] for times in rounds]
+            low, median, high = statistics.quantiles(ratios, n=4)
+            row = {"ours": name, "times_as_fast": f"{median:.2f}"}
+            row |= {"quartiles": f"{low:.2f} to {high:.2f}", "rounds": len(rounds)}
+            for key, column in (("theirs", "their_ms"), (name, "our_ms")):
+                row[column] = f"{1e3 / n * statistics.median(x[key] for x in rounds):.4g}"
+            rows.append(row)
+        return rows
+
+
+def warm_up(call):
+    """Call a few times: compiles, and records where the call is a CUDA graph."""
+    for _ in range(4):
+        call()
+
+
+def dataset() -> dict:
+    """Columns of a dataset that holds no task."""
+    data = {
+        "observations": np.random.randn(ROWS, STATE_DIM).clip(-1, 1),
+        "actions": np.random.uniform(-1, 1, (ROWS, ACTION_DIM)),
+        "next_observations": np.random.randn(ROWS, STATE_DIM).clip(-1, 1),
+    }
+    return data | {name: np.zeros(ROWS) for name in ("rewards", "terminals", "mc_returns")}
+
+
+def diffusion_batch(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """States [4096, S] and support actions [4096, 16, A]."""
+    shape = 4096, 16, ACTION_DIM
+    return torch.randn(4096, STATE_DIM, device=device), torch.rand(shape, device=device)
+
 
 def agents(args) -> dict:
     """Updates on a batch of 256 as in offline training, sampling and acting."""
@@ -101,13 +153,7 @@ def agents(args) -> dict:
         module = importlib.import_module(script)
         config = module.TrainConfig(**settings, **more)
         buffer = module.ReplayBuffer(STATE_DIM, ACTION_DIM, ROWS, args.device)
-        data = {
-            "observations": np.random.randn(ROWS, STATE_DIM).clip(-1, 1),
-            "actions": np.random.uniform(-1, 1, (ROWS, ACTION_DIM)),
-            "next_observations": np.random.randn(ROWS, STATE_DIM).clip(-1, 1),
-        }
-        data |= {name: np.zeros(ROWS) for name in module.TensorBatch._fields if name not in data}
-        buffer.load_d4rl_dataset(data)
+        buffer.load_d4rl_dataset(dataset())
         trainer = getattr(module, agent)(STATE_DIM, ACTION_DIM, config)
 
         def update(trainer=trainer, buffer=buffer, config=config):
@@ -123,11 +169,12 @@ def agents(args) -> dict:
 
 def sampler(args) -> dict:
     """Training of the behavior model and of the energy, and reference actions, at full size."""
+    iql = importlib.import_module("iql")
     behavior = diffusion.BehaviorModel(STATE_DIM, ACTION_DIM).to(args.device)
     energy = diffusion.EnergyModel(STATE_DIM, ACTION_DIM).to(args.device)
-    states = torch.randn(4096, STATE_DIM, device=args.device)
-    actions = torch.rand(4096, 16, ACTION_DIM, device=args.device)
-    noise = torch.compile(diffusion.guided_noise) if args.compile else None
+    states, actions = diffusion_batch(args.device)
+    target = iql.TwinQ(STATE_DIM, ACTION_DIM, n_hidden=3).to(args.device)  # CEP's size
+    target.requires_grad_(False)
 
     def step(model, loss):
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True, capturable=True)
@@ -140,13 +187,11 @@ def sampler(args) -> dict:
         return update
 
     def guided(steps):
-        return lambda: diffusion.sample_actions(
-            behavior, states[:256], 1, energy, 3.0, steps, noise_prediction=noise
-        )
+        return lambda: diffusion.sample_actions(behavior, states[:256], 1, energy, 3.0, steps)
 
     def energy_loss():
-        q = actions[:256].sum(-1)
-        return diffusion.energy_loss(energy, states[:256], actions[:256], q)
+        q = target(states[:256, None].expand(-1, 16, -1), actions[:256])
+        return diffusion.energy_loss(energy, states[:256], actions[:256], 3.0 * q)
 
     calls = {
         "behavior update, 4,096": step(
@@ -156,8 +201,7 @@ def sampler(args) -> dict:
         "guided sampling, 256 states, 10 steps": guided(10),
         "guided sampling, 256 states, 15 steps": guided(15),
     }
-    iql = importlib.import_module("iql")
-    names = "precision", "cuda_graph", "device"
+    names = "precision", "compile", "cuda_graph", "device"
     config = iql.TrainConfig(env=ENV, **{name: getattr(args, name) for name in names})
     return {name: iql.accelerate(call, config) for name, call in calls.items()}
 
@@ -230,6 +274,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=50, help="calls of each at most")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each at most")
     parser.add_argument("--product", type=int, default=2048, help="size of the matrix product")
+    parser.add_argument("--against", type=Path, nargs="+", default=[], metavar="FOLDER",
+                        help="your checkouts of CORL and of CEP, to compare with")  # fmt: skip
     parser.add_argument("--only", default="", help="computations whose name contains this")
     parser.add_argument("--profile", default="", help="profile those that contain this")
     parser.add_argument("--scripts", default="", help="time these, as in iql,dare_iql")
@@ -242,6 +288,35 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def print_row(row: dict, widths: dict):
+    """Print a line of a table."""
+    print("".join(f"{row[name]:>{width}}" for name, width in widths.items()), flush=True)
+
+
+def compare(args, machine: dict) -> list[dict]:
+    """Print and return the rows of --against: ours as it is and compiled, theirs in fp32."""
+    data, batch, theirs = dataset(), diffusion_batch(args.device), {}
+    for folder in args.against:
+        theirs |= calls_of(folder, data, *batch, args.device)
+    last = "guided sampling, 256 states, 15 steps"
+    if last in theirs:  # ours needs fewer steps for the same error: see algorithms/README.md
+        theirs["guided sampling, 256 states, 10 steps"] = theirs[last]
+    if not (theirs := {name: call for name, call in theirs.items() if args.only in name}):
+        sys.exit(f"error: no computation of theirs has {args.only!r} in its name")
+    ours, plain = {}, argparse.Namespace(**vars(args) | {"compile": False})
+    for name, x in {args.precision: plain, f"{args.precision}, compiled": args}.items():
+        if x is plain or args.compile:
+            ours[name] = {**agents(x), **sampler(x)}
+    clock, rows = Clock(args), []
+    print_row({name: name for name in RATIO_WIDTHS}, RATIO_WIDTHS)
+    for computation, call in theirs.items():
+        load = os.getloadavg()[0]
+        for row in clock.compare(call, {name: x[computation] for name, x in ours.items()}):
+            rows.append({"computation": computation, **row, "load": f"{load:.1f}", **machine})
+            print_row(rows[-1], RATIO_WIDTHS)
+    return rows
+
+
 def main():
     """Measure and print."""
     args = parse()
@@ -249,6 +324,9 @@ def main():
     torch.manual_seed(0)
     settings = {k: getattr(args, k) for k in ("threads", "precision", "compile", "cuda_graph")}
     machine = {"hardware": hardware(), **settings, "torch": str(torch.__version__)}
+    if args.against:
+        machine |= {"commit": git_commit(), "command": shlex.join(["python", *sys.argv])}
+        return write(args.output, compare(args, machine))
     if args.scripts:
         rows = [time_script(script, args) | machine for script in args.scripts.split(",")]
         for row in rows:
@@ -265,10 +343,10 @@ def main():
         return None
     clock, rows = Clock(args), []
     print(", ".join(f"{k} {v}" for k, v in machine.items()))
-    print("".join(f"{name:>{width}}" for name, width in WIDTHS.items()))
+    print_row({name: name for name in WIDTHS}, WIDTHS)
     for name, call in calls.items():
         row = {"computation": name, **clock.measure(call)}
-        print("".join(f"{row[key]:>{width}}" for key, width in WIDTHS.items()), flush=True)
+        print_row(row, WIDTHS)
         rows.append(row | machine)
     return write(args.output, rows)
 

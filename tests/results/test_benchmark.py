@@ -1,11 +1,14 @@
 """results/benchmark.py: that every computation runs and is counted."""
 
+import argparse
 import sys
+import time
 
 import pytest
 import torch
 
 import benchmark
+from lib.checkouts import calls_of
 from lib.records import read_rows
 
 
@@ -58,3 +61,37 @@ def test_scripts(program, tmp_path):
     (row,) = read_rows(tmp_path / "times.csv")
     assert row["script"] == "iql" and "ms per offline step" in out
     assert row["ms per offline step"] > 0 and row["ms per online step"] > 0
+
+
+def test_ratios_are_paired_in_rounds(monkeypatch):
+    """A machine that slows down between the rounds changes every time and no ratio."""
+    args = argparse.Namespace(device="cpu", precision="fp32", product=2, repeats=5, seconds=60.0)
+    clock = benchmark.Clock(args)
+    seconds = {"a": 0.3, "b": 0.1, "c": 0.2}
+    order = iter([0] + [i for i in range(1, 6) for _ in seconds])  # the first one counts the calls
+
+    def duration(call, n=1):
+        return n * seconds[call()] * (1 + next(order))
+
+    monkeypatch.setattr(clock, "duration", duration)
+    rows = clock.compare(lambda: "a", {"b": lambda: "b", "c": lambda: "c"})
+    assert [row["ours"] for row in rows] == ["b", "c"]
+    assert [row["times_as_fast"] for row in rows] == ["3.00", "1.50"]
+    assert rows[0]["quartiles"] == "3.00 to 3.00" and rows[0]["rounds"] == 5
+    assert (rows[0]["their_ms"], rows[0]["our_ms"]) == ("1200", "400")  # of the third round
+
+
+def test_against(program, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        benchmark, "calls_of", lambda *args: {"iql update": lambda: time.sleep(0.1)}
+    )
+    path = tmp_path / "ratios.csv"
+    program("--against", "somewhere", "--output", path)
+    (row,) = read_rows(path)
+    assert row["computation"] == "iql update" and row["times_as_fast"] > 1
+    assert row["command"].startswith("python") and {"commit", "hardware", "load"} <= row.keys()
+    with pytest.raises(SystemExit, match="error: no computation of theirs has 'sac' in its name"):
+        program("--against", "somewhere", "--only", "sac")
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="error: .* is no checkout of CORL .* or CEP"):
+        calls_of(tmp_path, {}, None, None, "cpu")
