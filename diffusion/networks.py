@@ -122,3 +122,14 @@ class EnergyModel(nn.Module):
         """Energy of actions_t [..., A], given `embed_states(states)`; t and states broadcast."""
         condition = embedded_states + self.time_layer(self.time_features(t))
         return self.layers(self.action_layer(actions_t) + condition).squeeze(-1)
+
+    def gradient(self, actions_t: Tensor, embedded_states: Tensor, t: Tensor | float) -> Tensor:
+        """Gradient of `predict` towards actions_t, [..., A]: autograd's, at less overhead."""
+        condition = embedded_states + self.time_layer(self.time_features(t))
+        linears, hidden = list(self.layers)[1::2], [self.action_layer(actions_t) + condition]
+        for layer in linears[:-1]:
+            hidden.append(layer(silu(hidden[-1])))
+        gradient = linears[-1].weight.expand_as(hidden[-1])
+        for layer, x in zip([*linears[-2::-1], self.action_layer], hidden[::-1], strict=True):
+            gradient = torch.ops.aten.silu_backward(gradient.to(x.dtype), x) @ layer.weight
+        return gradient

@@ -58,12 +58,10 @@ class EnergyGuidedSampler:
         """Draw support actions for the first n_states online states, many at a time."""
         if not self.has_support or (self.n_added and n_states - self.n_added < SUPPORT_CHUNK):
             return
-        new = slice(self.n_added, n_states)
-        with _autocast(self.config):
-            states, config = self.online_states[new], self.config
-            self.online_support[new] = draw_support_actions(
-                self.behavior, states, config.n_support, config.diffusion_steps
-            )
+        new, config = slice(self.n_added, n_states), self.config
+        with _autocast(config):
+            states, sizes = self.online_states[new], (config.n_support, config.diffusion_steps)
+            self.online_support[new] = draw_support_actions(self.behavior, states, *sizes)
         self.n_added = n_states
         self.n_online.fill_(n_states)
 
@@ -159,6 +157,9 @@ def cached_behavior(config, states: Tensor, actions: Tensor, accelerate) -> Beha
         with suppress(OSError):  # after a kill at this point the next run does it
             os.unlink(f"{path}.partial")
     model.zero_grad()  # of the last update
+    if config.precision == "bf16":  # or autocast would do it in each of the solver's steps
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
     return model.requires_grad_(False)
 
 

@@ -24,8 +24,7 @@ def sample_actions(
     """Draw actions [B, n_samples, A] for states [B, S], from nu_0, or from pi_0 when guided.
 
     The guided score is grad log nu_t + guidance_scale * grad f_phi (Eq. 6). Actions lie within
-    [-max_action, max_action], the bounds of the data (None: no bounds). Keeps no autograd graph and
-    computes no gradient of parameters. Under `torch.autocast` only the networks change type.
+    [-max_action, max_action] (None: no bounds). Under `torch.autocast` only networks change type.
     """
     shape = (len(states), n_samples, behavior.action_dim)
     noise = torch.randn(shape, device=states.device, dtype=states.dtype, generator=generator)
@@ -43,17 +42,7 @@ def guided_noise(networks, embedded_states, guidance_scale, actions_t, t: Tensor
         return prediction
     # The score is -noise / sigma_t, so what is added to it is subtracted from the noise.
     scale = guidance_scale * alpha_sigma(t)[1]
-    return prediction - scale * _gradient(networks[1], actions_t, embedded_states[1], t)
-
-
-def _gradient(energy: EnergyModel, actions_t: Tensor, energy_states: Tensor, t: Tensor) -> Tensor:
-    # torch.compile traces torch.func.grad only, which takes 1.4 times as long when run eagerly.
-    if torch.compiler.is_compiling():
-        return torch.func.grad(lambda a: energy.predict(a, energy_states, t).sum())(actions_t)
-    with torch.enable_grad():
-        actions_t = actions_t.detach().requires_grad_()
-        total = energy.predict(actions_t, energy_states, t).sum()
-        return torch.autograd.grad(total, actions_t)[0]
+    return prediction - scale * networks[1].gradient(actions_t, embedded_states[1], t)
 
 
 def draw_support_actions(

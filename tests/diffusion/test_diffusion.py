@@ -58,6 +58,12 @@ class ExactEnergy:
     def predict(self, actions_t, embedded_states, t):
         return self.mixture.energy(actions_t, t, self.slope) / self.scale
 
+    def gradient(self, actions_t, embedded_states, t):
+        with torch.enable_grad():
+            actions_t = actions_t.detach().requires_grad_()
+            total = self.predict(actions_t, embedded_states, t).sum()
+            return torch.autograd.grad(total, actions_t)[0]
+
 
 # --- The process and the helpers' closed forms ---
 
@@ -352,6 +358,18 @@ def test_networks_depend_on_time_and_state_and_a_shared_time_equals_one_per_row(
         torch.testing.assert_close(shared, network(actions, STATES, 0.3))
         assert (shared - network(actions, STATES, 0.31)).abs().max() > 1e-4
         assert (shared - network(actions, STATES.flip(0), 0.3)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_gradient_of_the_energy_is_that_of_autograd(networks, bf16):
+    energy, actions = networks[1], spread_normal(6, 3).float()[:, None].requires_grad_()
+    rounding = {"rtol": 0.05, "atol": 1e-3} if bf16 else {"rtol": 1e-6, "atol": 1e-7}
+    with torch.autocast("cpu", torch.bfloat16, bf16):
+        embedded, t = energy.embed_states(STATES)[:, None], torch.tensor(0.3)
+        (expected,) = torch.autograd.grad(energy.predict(actions, embedded, t).sum(), actions)
+        found = energy.gradient(actions, embedded, t)
+    assert expected.abs().min() > 1e-4
+    torch.testing.assert_close(found.float(), expected.float(), **rounding)
 
 
 def test_states_broadcast_over_their_actions(networks):

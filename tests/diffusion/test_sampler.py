@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 
 import diffusion.sampler
-from d4rl_gymnasium.files import DamagedFileError, save
+from d4rl_gymnasium.files import DamagedFileError, load, save
 from diffusion import BehaviorModel, EnergyGuidedSampler, sample_actions, training
 from diffusion.sampler import cached_behavior, cached_support
 
@@ -116,6 +116,22 @@ def test_what_changes_the_support_actions_changes_their_file_alone(tmp_path, dat
     sampler_of(tmp_path, data)
     sampler_of(tmp_path, data, **{name: 5})
     assert len(names_of(tmp_path)) == 3 and names_of(tmp_path).count("behavior") == 1
+
+
+def test_weights_are_rounded_once_to_what_every_product_rounds_them_to(tmp_path, data):
+    first, again = (cached_behavior(config_of(tmp_path, precision="bf16"), *data, same)
+                    for _ in range(2))  # fmt: skip
+    (path,) = tmp_path.glob("cache/behavior-*.pt")
+    in_fp32 = copy.deepcopy(first).float()
+    in_fp32.load_state_dict(load(path)["behavior"])
+    drawn = []
+    for model in (first, again, in_fp32):
+        with torch.autocast("cpu", torch.bfloat16):
+            generator = torch.Generator().manual_seed(1)
+            drawn.append(sample_actions(model, data[0], generator=generator))
+    assert {p.dtype for p in first.parameters()} == {torch.bfloat16}
+    assert first.time_features.frequencies.dtype == torch.float32
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
 
 
 @pytest.mark.parametrize(
