@@ -30,19 +30,19 @@ def sample_actions(
     noise = torch.randn(shape, device=states.device, dtype=states.dtype, generator=generator)
     networks = [behavior] if energy is None or guidance_scale == 0 else [behavior, energy]
     embedded = [network.embed_states(states)[:, None] for network in networks]
-    predict = partial(guided_noise, networks, embedded, guidance_scale)
-    actions = solve(predict, noise, steps, max_action)
+    scale = states.new_full((), guidance_scale)  # a compiled region takes no number
+    actions = solve(partial(guided_noise, networks, embedded, scale), noise, steps, max_action)
     return actions if max_action is None else actions.clamp(-max_action, max_action)
 
 
-def guided_noise(networks, embedded_states, guidance_scale, actions_t, t: Tensor) -> Tensor:
+@torch.compiler.nested_compile_region  # compiled once, not once for every step
+def guided_noise(networks, embedded_states, guidance_scale, actions_t, t) -> Tensor:
     """Noise in actions_t by the behavior model and, if `networks` has one, the energy (Eq. 6)."""
-    prediction = networks[0].predict(actions_t, embedded_states[0], t)
-    if len(networks) == 1:
-        return prediction
-    # The score is -noise / sigma_t, so what is added to it is subtracted from the noise.
-    scale = guidance_scale * alpha_sigma(t)[1]
-    return prediction - scale * networks[1].gradient(actions_t, embedded_states[1], t)
+    noise = networks[0].predict(actions_t, embedded_states[0], t)
+    if len(networks) > 1:  # the score is -noise / sigma_t: what it gains, the noise loses
+        scale = guidance_scale * alpha_sigma(t)[1]
+        noise = noise - scale * networks[1].gradient(actions_t, embedded_states[1], t)
+    return noise
 
 
 def draw_support_actions(
