@@ -709,8 +709,7 @@ def train(config: TrainConfig):
             for step in tqdm(range(start, last), "offline", last, initial=start, disable=None):
                 run.add(update())
                 run.after_step("offline", step + 1, last, parts, evaluate)
-            agent = {"trainer": trainer.state_dict(), "settings": run.settings}
-            save(run.dir / "offline.pt", agent)
+            save(run.dir / "offline.pt", dict(trainer=trainer.state_dict(), settings=run.settings))
 
         # Online: one environment step, then `utd` updates on half offline, half online data.
         torch.manual_seed(config.seed)

@@ -398,8 +398,9 @@ class ImplicitQLearning:
     def act(self, state: np.ndarray, deterministic: bool = False) -> np.ndarray:
         """Actions [N, A] at states [N, S]: the mean, or a draw."""
         state = torch.as_tensor(state, dtype=torch.float32, device=self.config.device)
-        action = self.actor(state)[0] if deterministic else self.actor.sample(state)[0][0]
-        return action.cpu().numpy()
+        mean, log_std = self.actor(state)
+        noise = 0.0 if deterministic else torch.randn_like(mean)  # no log densities, for speed
+        return (mean + torch.exp(log_std) * noise).clamp(-1.0, 1.0).cpu().numpy()
 
     def state_dict(self) -> dict:
         """Networks, optimizer and counters."""
@@ -847,8 +848,7 @@ def train(config: TrainConfig):
             for step in tqdm(range(start, last), "offline", last, initial=start, disable=None):
                 run.add(update())
                 run.after_step("offline", step + 1, last, parts, evaluate)
-            agent = {"trainer": trainer.state_dict(), "settings": run.settings}
-            save(run.dir / "offline.pt", agent)
+            save(run.dir / "offline.pt", dict(trainer=trainer.state_dict(), settings=run.settings))
 
         # Online: one environment step, then `utd` updates on half offline, half online data.
         torch.manual_seed(config.seed)
