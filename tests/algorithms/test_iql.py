@@ -40,3 +40,15 @@ def test_three_updates_equal_corl():
         for name, net in nets.items():
             for key, expected in recorded(file, f"after{i}/{name}/").items():
                 torch.testing.assert_close(net.state_dict()[key], expected, rtol=0, atol=1e-5)
+
+
+def test_acting_is_the_policys_mean_or_a_draw_within_the_bounds():
+    agent = iql.ImplicitQLearning(5, 2, iql.TrainConfig(env="hopper-medium-v2", device="cpu"))
+    states = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+    mean, _ = agent.actor(states)
+    np.testing.assert_array_equal(agent.act(states.numpy(), deterministic=True), mean.detach())
+    torch.manual_seed(1)
+    drawn = agent.act(states.numpy())
+    torch.manual_seed(1)
+    np.testing.assert_array_equal(drawn, agent.actor.sample(states)[0][0].detach())
+    assert drawn.shape == (200, 2) and np.abs(drawn).max() == 1
