@@ -53,8 +53,6 @@ class BehaviorModel(nn.Module):
 
     def __init__(self, state_dim: int, action_dim: int, width: int = 512):
         super().__init__()
-        if width < 4:
-            raise ValueError(f"width must be at least 4, got {width}")
         self.action_dim = action_dim
         self.state_features = nn.Linear(state_dim, STATE_FEATURES)
         self.state_embedding = nn.Linear(STATE_FEATURES, EMBEDDING)

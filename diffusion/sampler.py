@@ -1,10 +1,8 @@
 """All that Algorithm 1 needs of the behavior diffusion, behind one class."""
 
 import hashlib
-import json
-import os
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,9 +37,8 @@ class EnergyGuidedSampler:
         self.behavior = cached_behavior(config, states, actions, accelerate)
         self.energy = EnergyModel(states.shape[1], actions.shape[1], config.energy_hidden)
         self.energy.to(states.device)
-        self.optimizer = torch.optim.Adam(
-            self.energy.parameters(), lr=config.energy_lr, fused=True, capturable=True
-        )
+        parameters = self.energy.parameters()
+        self.optimizer = torch.optim.Adam(parameters, config.energy_lr, fused=True, capturable=True)
         self.q_spread = torch.ones((), device=states.device)  # running mean over n_spreads calls
         self.n_spreads = torch.zeros((), device=states.device)
         self.has_energy = config.reference == "guided" and config.guidance_scale > 0
@@ -154,8 +151,7 @@ def cached_behavior(config, states: Tensor, actions: Tensor, accelerate) -> Beha
             report = progress("behavior model", config.behavior_iterations)
             train_behavior(model, states, actions, config, path, report, accelerate)
             save(path, {"behavior": model.state_dict()})
-        with suppress(OSError):  # after a kill at this point the next run does it
-            os.unlink(f"{path}.partial")
+        Path(f"{path}.partial").unlink(missing_ok=True)  # after a kill here the next run does it
     model.zero_grad()  # of the last update
     if config.precision == "bf16":  # or autocast would do it in each of the solver's steps
         for parameter in model.parameters():
@@ -183,7 +179,7 @@ def cached_support(config, states: Tensor, actions: Tensor, behavior: BehaviorMo
 @contextmanager
 def _cached(kind: str, config, fields: tuple, states: Tensor, actions: Tensor):
     """Path of what depends on `fields`, the data and this folder's code alone; made only once."""
-    digest = hashlib.sha256(json.dumps([getattr(config, name) for name in fields]).encode())
+    digest = hashlib.sha256(repr([getattr(config, name) for name in fields]).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     for data in (states, actions):

@@ -106,11 +106,10 @@ def train_behavior(
     return losses["loss"]
 
 
-def _hold_out(states, actions):
-    # Blocks of the file, since the rows of an episode are alike.
-    held_out = torch.arange(len(states), device=states.device) * 100 // len(states) % 20 == 10
-    unseen = states[held_out][:HELD_OUT_ROWS], actions[held_out][:HELD_OUT_ROWS]
-    return (states[~held_out], actions[~held_out]), unseen
+def _hold_out(states, actions):  # blocks of the file, for the rows of an episode are alike
+    held = torch.arange(len(states), device=states.device) * 100 // len(states) % 20 == 10
+    unseen = states[held][:HELD_OUT_ROWS], actions[held][:HELD_OUT_ROWS]
+    return (states[~held], actions[~held]), unseen
 
 
 def _update(model, optimizer, loss_sum, states, actions, batch_size):
@@ -126,9 +125,8 @@ def _update(model, optimizer, loss_sum, states, actions, batch_size):
 
 
 def _rate(config, done):
-    if not config.behavior_lr_decay:
+    if not config.behavior_lr_decay:  # else a linear warm-up, then a cosine to 0
         return config.behavior_lr
-    # A linear warm-up, then a cosine to 0.
     return config.behavior_lr * min(1, done / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
 
 

@@ -389,5 +389,3 @@ def test_behavior_model_has_the_published_size():
     assert model.state_features.out_features == 32
     assert model.embedding.out_features == 128
     assert len(model.time_features(0.5)) == 32
-    with pytest.raises(ValueError, match="at least 4, got 3"):
-        BehaviorModel(11, 3, width=3)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 
 import pytest
 import torch
