@@ -105,8 +105,9 @@ def regenerate(env_id, size, path, seed=0, processes=None):
         with writing(path):
             folder = tempfile.mkdtemp(dir=path.parent, prefix=prefix)
         try:
-            _run_workers(env_id, seed, chunks, folder, processes or os.cpu_count() or 1)
-            arrays = _joined(chunks, folder)
+            with writing(path):
+                _run_workers(env_id, seed, chunks, folder, processes or os.cpu_count() or 1)
+                arrays = _joined(chunks, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         attributes = {
@@ -220,8 +221,11 @@ def _run_workers(env_id, seed, chunks, folder, processes):
             worker.kill()
             worker.wait()
     if failed is not None:
+        status = workers[failed].returncode
         said = logs[failed].read_text(errors="replace").strip().splitlines()
-        reason = said[-1] if said else f"a worker ended with status {workers[failed].returncode}"
+        if not said and status > 1:
+            raise OSError(status, os.strerror(status), folder)
+        reason = said[-1] if said else f"a worker ended with status {status}"
         raise DatasetError(f"regenerating {env_id} failed ({reason}): try again, or --data d4rl")
 
 
@@ -251,9 +255,12 @@ def work(job):
         arrays = _collect(env_id, seed, **chunk)
         final = _chunk_file(folder, chunk)
         partial = final.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(partial, final)
+        try:
+            with open(partial, "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(partial, final)
+        except OSError as error:
+            sys.exit(error.errno or 1)  # in numbers: on a full disk the log holds no word
 
 
 def _collect(env_id, seed, policy, rows, spawn_key):

@@ -1,6 +1,8 @@
 """Regenerated data: true transitions of the physics, whole episodes, the same bits every time."""
 
+import errno
 import json
+import sys
 import threading
 
 import gymnasium
@@ -251,6 +253,29 @@ def test_a_failed_worker_is_one_clear_error_and_leaves_no_file(policies):
     assert "\n" not in str(raised.value)
     folder = d4rl.dataset_path("hopper-medium-v2", "regenerated", 100).parent
     assert [file.suffix for file in folder.iterdir()] == [".lock"]
+
+
+def test_a_full_disk_under_the_workers_is_named(policies, monkeypatch, tmp_path):
+    """Their logs on it hold no word, so they say it by their exit status."""
+    monkeypatch.setattr(module, "_collect", lambda *_, **__: {"rewards": np.zeros(3)})
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    job = json.dumps(["hopper-medium-v2", 0, str(tmp_path), [{"policy": 0, "spawn_key": [0, 0]}]])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(np, "savez", full)
+        module.work(job)
+    assert stop.value.code == errno.ENOSPC
+    worker = tmp_path / "worker"
+    worker.write_text(f"#!/bin/sh\nexit {errno.ENOSPC}\n")
+    worker.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(worker))
+    path = d4rl.dataset_path("hopper-medium-v2", "regenerated", 100)
+    with pytest.raises(d4rl.DatasetError) as raised:
+        d4rl.get_dataset("hopper-medium-v2", "regenerated", 100)
+    assert str(raised.value).startswith(f"cannot write {path} (No space left on device): make room")
+    assert [file.suffix for file in path.parent.iterdir()] == [".lock"]
 
 
 def test_two_requests_at_once_make_one_file(policies, monkeypatch):
