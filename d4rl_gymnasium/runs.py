@@ -20,7 +20,7 @@ from d4rl_gymnasium.download import DatasetError, one_line
 
 CURES = {  # of what a file system refuses
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room, then the same command goes on",
-    (errno.EACCES, errno.EPERM, errno.EROFS): "get leave to write there, or name another folder",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "get leave to read and write there, or name another",
     (errno.EISDIR,): "a folder stands where a file should be: move it away",
     (errno.ENOTDIR, errno.EEXIST): "a file or a dangling link stands where a folder should be: "
     "move it away, or name another folder",
@@ -60,6 +60,8 @@ def errors_in_one_line():
         cure = CURE.get(error.errno, "mend this, then run the same command again")
         sys.exit(f"error: {error.filename}: {error.strerror}: {cure}")
     except (MemoryError, RuntimeError) as error:
+        if "home directory" in str(error):  # of pathlib
+            sys.exit("error: a path starts with ~ and a user who is not there: write it out")
         if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
         reason = one_line(error)[:200] or "no memory"

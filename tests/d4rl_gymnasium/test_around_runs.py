@@ -121,12 +121,16 @@ def test_help_has_the_comment_of_a_setting_below_a_banner(capsys):
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/runs/x"),
-            "error: /runs/x: Permission denied: get leave to write there, or name another folder",
+            "error: /runs/x: Permission denied: get leave to read and write there, or name another",
         ),
         (OSError("damaged"), "error: damaged"),
         (
             MemoryError("Unable to allocate 3 TiB"),
             "error: too little memory for these sizes: lower them (Unable to allocate 3 TiB)",
+        ),
+        (
+            RuntimeError("Could not determine home directory."),
+            "error: a path starts with ~ and a user who is not there: write it out",
         ),
         (
             RuntimeError("[enforce fail]\n can't allocate memory"),
