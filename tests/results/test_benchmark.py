@@ -89,9 +89,7 @@ def busy():
 
 
 def test_against(program, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        benchmark, "calls_of", lambda *args: {"iql update": lambda: time.sleep(0.1)}
-    )
+    monkeypatch.setattr(benchmark, "calls_of", lambda *args: {"iql update": busy})
     path = tmp_path / "ratios.csv"
     program("--against", "somewhere", "--output", path)
     (row,) = read_rows(path)
