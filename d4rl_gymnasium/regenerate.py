@@ -13,6 +13,7 @@ the rows, which `fit_recipe.py` fits to what is known of D4RL's files (`assets/d
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -256,8 +257,9 @@ def work(job):
         final = _chunk_file(folder, chunk)
         partial = final.with_suffix(".partial")
         try:
-            with open(partial, "wb") as file:
-                np.savez(file, **arrays)
+            data = io.BytesIO()  # on a full disk np.savez ends with another error
+            np.savez(data, **arrays)
+            partial.write_bytes(data.getbuffer())
             os.replace(partial, final)
         except OSError as error:
             sys.exit(error.errno or 1)  # in numbers: on a full disk the log holds no word

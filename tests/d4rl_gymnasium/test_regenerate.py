@@ -4,6 +4,7 @@ import errno
 import json
 import sys
 import threading
+from pathlib import Path
 
 import gymnasium
 import h5py
@@ -264,7 +265,7 @@ def test_a_full_disk_under_the_workers_is_named(policies, monkeypatch, tmp_path)
 
     job = json.dumps(["hopper-medium-v2", 0, str(tmp_path), [{"policy": 0, "spawn_key": [0, 0]}]])
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(np, "savez", full)
+        patch.setattr(Path, "write_bytes", full)
         module.work(job)
     assert stop.value.code == errno.ENOSPC
     worker = tmp_path / "worker"
