@@ -442,8 +442,8 @@ class ImplicitQLearning:
         """Actions [N, A] at states [N, S]: the mean, or a draw."""
         state = torch.as_tensor(state, dtype=torch.float32, device=self.config.device)
         mean, log_std = self.actor(state)
-        noise = 0.0 if deterministic else torch.randn_like(mean)  # no log densities, for speed
-        return (mean + torch.exp(log_std) * noise).clamp(-1.0, 1.0).cpu().numpy()
+        action = mean if deterministic else mean + torch.exp(log_std) * torch.randn_like(mean)
+        return action.clamp(-1.0, 1.0).cpu().numpy()
 
     def state_dict(self) -> dict:
         """Networks, optimizer and counters."""

@@ -414,8 +414,8 @@ class ImplicitQLearning:
             epsilon = EVAL_EPSILON if deterministic else 1.0
             return self.compose(state, epsilon).cpu().numpy()
         mean, log_std = self.actor(state)
-        noise = 0.0 if deterministic else torch.randn_like(mean)  # no log densities, for speed
-        return (mean + torch.exp(log_std) * noise).clamp(-1.0, 1.0).cpu().numpy()
+        action = mean if deterministic else mean + torch.exp(log_std) * torch.randn_like(mean)
+        return action.clamp(-1.0, 1.0).cpu().numpy()
 
     def state_dict(self) -> dict:
         """Networks, optimizer and counters."""

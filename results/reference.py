@@ -91,11 +91,12 @@ def run(args, config):
     states, actions = (torch.from_numpy(dataset[k]) for k in ("observations", "actions"))
     trainer = dare_iql.ImplicitQLearning(states.shape[1], actions.shape[1], config)
     trainer.load_state_dict(load(Path(args.agent))["trainer"])
+    some = states[torch.randperm(len(states))[:N_STATES]]
     sampler = EnergyGuidedSampler(
-        config, states, actions, states[torch.randperm(len(states))[:N_STATES]],
+        config, states, actions, some,
         trainer.q_target, lambda update: dare_iql.accelerate(update, config),
     )  # fmt: skip
-    sampler.add_support(N_STATES)
+    sampler.add_support(len(some))
     sampler.fit_energy()
     envs = d4rl.make_eval_envs(config.env, config.n_episodes)
     rows, path = [], args.csv and Path(args.csv)
@@ -104,7 +105,7 @@ def run(args, config):
         torch.manual_seed(config.seed)
         row = {"env": config.env, "energy_iterations": config.energy_iterations, "policy": name}
         with torch.no_grad():
-            row |= measure(draw, support, sampler.online_states, trainer.q_target)
+            row |= measure(draw, support, some, trainer.q_target)
         n_episodes = config.n_episodes
         returns = dare_iql.eval_actor(envs, Reference(draw), n_episodes, config.eval_seed)
         scores = 100 * d4rl.get_normalized_score(config.env, returns)

@@ -339,7 +339,7 @@ def test_online_rewards_are_scaled_as_the_data_is(monkeypatch, tmp_path, module)
 
     monkeypatch.setattr(module, "ReplayBuffer", Buffer)
     monkeypatch.setattr(d4rl.ResumableEnv, "step", watched)
-    sizes = dict(offline_iterations=0, online_iterations=9)
+    sizes = dict(offline_iterations=0, online_iterations=9, initial_collection_steps=8)
     run(module, tmp_path, **sizes, normalize_reward=True)
     dataset = d4rl.qlearning_dataset(ENV, data=DATA)
     smallest, largest = module.return_reward_range(dataset)
