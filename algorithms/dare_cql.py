@@ -11,7 +11,6 @@ names and their order CORL's: algorithms/README.md lists what differs from its f
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from copy import deepcopy
@@ -948,5 +947,4 @@ def main(args: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     main()

@@ -10,7 +10,6 @@ Equations and tables are the DARE paper's, names and order CORL's: see algorithm
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from copy import deepcopy
@@ -916,5 +915,4 @@ def main(args: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     main()

@@ -8,7 +8,9 @@ import json
 import operator
 import os
 import re
+import signal
 import sys
+import threading
 from contextlib import contextmanager
 
 import pyrallis
@@ -28,6 +30,7 @@ CURES = {  # of what a file system refuses
 }
 CURE = {number: cure for numbers, cure in CURES.items() for number in numbers}
 NO_MEMORY = re.compile("allocate|out of memory", re.IGNORECASE)  # of torch's RuntimeErrors
+# Above these no machine can hold a setting or come to its end; of all others 10**9.
 HIGHEST = dict.fromkeys(("regenerated_size", "online_iterations", "n_generated"), 10**8)
 HIGHEST |= dict.fromkeys(("batch_size", "behavior_batch_size", "model_batch_size"), 10**6)
 HIGHEST |= dict.fromkeys(("energy_batch_size", "n_unguided"), 10**6)
@@ -36,16 +39,19 @@ HIGHEST |= dict.fromkeys(("n_episodes", "utd", "generated_updates", "n_negatives
 HIGHEST |= dict.fromkeys(("n_reference", "n_support", "n_max_actions", "cql_n_actions"), 10**4)
 HIGHEST |= dict.fromkeys(("diffusion_steps", "n_denoising_steps"), 1000)
 HIGHEST |= dict.fromkeys(("n_hidden", "q_n_hidden_layers", "policy_n_hidden_layers"), 100)
-HIGHEST |= {
-    "model_depth": 100,
-    "threads": 256,
-}  # what no machine can hold or end; of all else 10**9
+HIGHEST |= {"model_depth": 100, "threads": 256}
 WANDB_SECONDS = 20  # that wandb may take to reach its server
 
 
 @contextmanager
 def errors_in_one_line():
-    """End with one line of error what the user of a script can mend, and Ctrl-C."""
+    """End with one line of error what the user of a script can mend, and Ctrl-C or SIGTERM, also in
+    a job of a shell script, which has Ctrl-C ignored.
+    """
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # Python allows no other
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
@@ -66,6 +72,9 @@ def errors_in_one_line():
             raise
         reason = one_line(error)[:200] or "no memory"
         sys.exit(f"error: too little memory for these sizes: lower them ({reason})")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def check_name(name: str):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -203,3 +204,16 @@ def test_wandb_never_stops_a_run(
     assert os.environ.get("WANDB_MODE") == before
     line = f"wandb: {modes[-1]}, since {asked} is not possible ({said})\n" if said else ""
     assert capsys.readouterr().out == line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_in_one_line_also_where_a_shell_ignores_it(number):
+    """As in a job in the background of a shell script."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+            with errors_in_one_line():
+                signal.raise_signal(number)
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
