@@ -41,6 +41,9 @@ HIGHEST |= dict.fromkeys(("diffusion_steps", "n_denoising_steps"), 1000)
 HIGHEST |= dict.fromkeys(("n_hidden", "q_n_hidden_layers", "policy_n_hidden_layers"), 100)
 HIGHEST |= {"model_depth": 100, "threads": 256}
 WANDB_SECONDS = 20  # that wandb may take to reach its server
+# Before the first use of pyrallis, which remembers what decodes a type.
+pyrallis.decode.register(int, operator.index)  # 2.5 is no int
+pyrallis.decode.register(bool, {True: True, False: False}.__getitem__)  # and "maybe" no bool
 
 
 @contextmanager
@@ -90,8 +93,6 @@ def parse(config_class: type, args: list[str] | None = None):
 
     What cannot be ends in one line, or two where argparse adds its usage.
     """
-    pyrallis.decode.register(int, operator.index)  # 2.5 is no int
-    pyrallis.decode.register(bool, {True: True, False: False}.__getitem__)  # and "maybe" no bool
     usage = "%(prog)s [--SETTING VALUE ...]; --help lists the settings"
     parser = pyrallis.argparsing.ArgumentParser(config_class, usage=usage, allow_abbrev=False)
     comments = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config_class), re.M)
