@@ -4,8 +4,8 @@
         --data regenerated --behavior_iterations 10000 --behavior_batch_size 512
 
 The first argument is an offline agent of IQL, whose Q guides; the others are settings of
-dare_iql.py. DARE-I's alignment scores are distances from these policies. A row for each policy is
-printed and appended to --csv:
+dare_iql.py, but for device and precision: it computes on the CPU in fp32. DARE-I's alignment scores
+are distances from these policies. A row for each policy is printed and appended to --csv:
 
 - score: normalized, mean and standard error over --n_episodes episodes;
 - q_gain: Q of its actions less the mean Q of support actions, in units of Q's spread over these;
@@ -28,7 +28,7 @@ from lib.experiments import ROOT
 
 sys.path.insert(0, str(ROOT / "algorithms"))
 import dare_iql  # noqa: E402
-from d4rl_gymnasium.files import load, write  # noqa: E402
+from d4rl_gymnasium.files import contents_of, load, write  # noqa: E402
 from d4rl_gymnasium.runs import errors_in_one_line, parse  # noqa: E402
 from diffusion import EnergyGuidedSampler, draw_support_actions, sample_actions  # noqa: E402
 
@@ -84,13 +84,19 @@ def measure(draw, support, states, q_function):
 
 def run(args, config):
     """Fit the energy to the agent's Q, then print and store a row for each policy."""
+    lines = [COLUMNS]
+    if args.csv and args.csv.exists():
+        lines = list(csv.reader(args.csv.read_text().splitlines()))
+        if lines[:1] != [COLUMNS]:
+            sys.exit(f"error: {args.csv} has other columns than {','.join(COLUMNS)}: name another")
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     source = {"data": config.data, "regenerated_size": config.regenerated_size}
     dataset = d4rl.qlearning_dataset(config.env, **source)
     states, actions = (torch.from_numpy(dataset[k]) for k in ("observations", "actions"))
     trainer = dare_iql.ImplicitQLearning(states.shape[1], actions.shape[1], config)
-    trainer.load_state_dict(load(Path(args.agent))["trainer"])
+    with contents_of(args.agent):
+        trainer.load_state_dict(load(args.agent)["trainer"])
     some = states[torch.randperm(len(states))[:N_STATES]]
     sampler = EnergyGuidedSampler(
         config, states, actions, some,
@@ -99,7 +105,6 @@ def run(args, config):
     sampler.add_support(len(some))
     sampler.fit_energy()
     envs = d4rl.make_eval_envs(config.env, config.n_episodes)
-    rows, path = [], args.csv and Path(args.csv)
     support, found = policies(sampler, trainer, config, args.scales)
     for name, draw in found.items():
         torch.manual_seed(config.seed)
@@ -111,24 +116,21 @@ def run(args, config):
         scores = 100 * d4rl.get_normalized_score(config.env, returns)
         row |= {"score": scores.mean(), "error": scores.std(ddof=1) / n_episodes**0.5}
         print(*(f"{k} {row[k]:.3g}" if k in NUMBERS else row[k] for k in COLUMNS), flush=True)
-        rows.append(row)
-    if path:
-        old = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-        cells = [[f"{row[k]:.4g}" if k in NUMBERS else row[k] for k in COLUMNS] for row in rows]
-        lines = [COLUMNS, *([row[k] for k in COLUMNS] for row in old), *cells]
-        write(path, "".join(",".join(map(str, line)) + "\n" for line in lines))
+        lines.append([f"{row[k]:.4g}" if k in NUMBERS else str(row[k]) for k in COLUMNS])
+        if args.csv:
+            write(args.csv, "".join(",".join(line) + "\n" for line in lines))
 
 
 def main():
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("agent", help="offline.pt of iql.py")
+    parser.add_argument("agent", type=Path, help="offline.pt of iql.py")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 3.0, 10.0], help="s")
-    parser.add_argument("--csv", help="table to append the rows to")
+    parser.add_argument("--csv", type=Path, help="table to append the rows to")
     args, settings = parser.parse_known_args()
     with errors_in_one_line():
-        config = parse(dare_iql.TrainConfig, settings)
-        run(args, config)
+        settings += ["--device", "cpu", "--precision", "fp32"]
+        run(args, parse(dare_iql.TrainConfig, settings))
 
 
 if __name__ == "__main__":

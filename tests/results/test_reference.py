@@ -56,4 +56,13 @@ def test_a_row_for_each_policy(monkeypatch, tmp_path):
     names = ["agent", "unguided", "guided 3", "resampled 2"]
     assert [row["policy"] for row in rows] == 2 * names
     assert rows[:4] == rows[4:]  # seeded
+    (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
+    for path, flag, said in [
+        (tmp_path / "foreign.csv", [], "foreign.csv has other columns"),
+        (table, ["--hidden_dim", "9"], "offline.pt is of another version, or no such file"),
+    ]:
+        command[3] = str(path)
+        monkeypatch.setattr(sys, "argv", [*command, "--env", "hopper-medium-v2", *flags, *flag])
+        with pytest.raises(SystemExit, match=said):
+            reference.main()
     assert all(float(row["error"]) >= 0 and float(row["distance"]) >= 0 for row in rows)
