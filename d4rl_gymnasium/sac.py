@@ -1,4 +1,4 @@
-"""Soft actor-critic by sbx whose runs can be stopped and continued (development only).
+"""Soft actor-critic or TQC by sbx, in runs that can be stopped and continued (development only).
 
 A run's folder holds `replay.f32`, every transition of the run, `checkpoint.npz`, all the rest that
 the next step depends on, and the lock that keeps a second process out. A run that was stopped, in
@@ -22,9 +22,14 @@ from d4rl_gymnasium.envs import get_env_state, set_env_state
 STEPS_PER_UPDATE = 8
 # What a run can't be continued with another value of.
 SETTINGS = (
-    "env", "seed", "batch_size", "actor_lr", "critic_lr", "policy_delay", "actor_width",
-    "critic_width", "learning_starts",
+    "env", "algorithm", "seed", "batch_size", "actor_lr", "critic_lr", "policy_delay",
+    "actor_width", "critic_width", "learning_starts",
 )  # fmt: skip
+# What an agent's policy trains.
+TRAINED = {
+    "sac": ("actor_state", "qf_state"),
+    "tqc": ("actor_state", "qf1_state", "qf2_state"),
+}
 
 
 class Replay:
@@ -61,7 +66,7 @@ class Replay:
 
 
 def make_agent(env, settings):
-    """An sbx SAC agent that is only updated: a `Run` collects and stores its transitions.
+    """An sbx agent that is only updated: a `Run` collects and stores its transitions.
 
     Args:
         env: the environment to train in.
@@ -69,11 +74,11 @@ def make_agent(env, settings):
     """
     # Small matrices gain nothing from threads, which wait for each other on a busy machine.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
-    from sbx import SAC
+    from sbx import SAC, TQC
     from stable_baselines3.common.logger import Logger
 
     actor, critic = [settings.actor_width] * 2, [settings.critic_width] * 2
-    agent = SAC(
+    agent = {"sac": SAC, "tqc": TQC}[settings.algorithm](
         "MlpPolicy",
         env,
         learning_rate=settings.actor_lr,
@@ -89,7 +94,7 @@ def make_agent(env, settings):
 
 
 def actor_of(agent, env_steps):
-    """Copies the weights of an sbx SAC actor with two hidden layers into a `BehaviorPolicy`."""
+    """Copies the weights of an sbx actor with two hidden layers into a `BehaviorPolicy`."""
     layers = agent.policy.actor_state.params["params"]
     weights = {}
     for layer, suffix in enumerate(("0", "1", "_mean", "_log_std")):
@@ -98,10 +103,10 @@ def actor_of(agent, env_steps):
     return BehaviorPolicy(weights, env_steps=env_steps)
 
 
-def _agent_state(agent):
+def _agent_state(agent, algorithm):
     """All that the next update depends on, as one tree of arrays."""
-    policy = agent.policy
-    return policy.actor_state, policy.qf_state, agent.ent_coef_state, agent.key
+    trained = [getattr(agent.policy, name) for name in TRAINED[algorithm]]
+    return trained, agent.ent_coef_state, agent.key
 
 
 class Run:
@@ -182,7 +187,8 @@ class Run:
             "env": get_env_state(self.env),
             "observation": self.observation.tolist(),
         }
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(_agent_state(self.agent))]
+        tree = _agent_state(self.agent, self.settings.algorithm)
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
         partial = self.directory / "checkpoint.partial"
         with open(partial, "wb") as file:
             np.savez(file, *leaves, state=json.dumps(state))
@@ -195,15 +201,16 @@ class Run:
         with np.load(path, allow_pickle=False) as file:
             state = json.loads(file["state"].item())
             leaves = [jax.numpy.asarray(file[f"arr_{i}"]) for i in range(len(file.files) - 1)]
-        for name, value in state["settings"].items():
+        # Runs from before there was a choice are SAC's.
+        for name, value in {"algorithm": "sac", **state["settings"]}.items():
             if value != getattr(self.settings, name):
                 raise ValueError(f"{path} is of a run with --{name} {value}: use another folder")
         if state["step"] > self.settings.steps:
             raise ValueError(f"{path} is at step {state['step']:,}, behind --steps")
-        structure = jax.tree.structure(_agent_state(self.agent))
-        actor, critic, entropy, key = jax.tree.unflatten(structure, leaves)
-        self.agent.policy.actor_state, self.agent.policy.qf_state = actor, critic
-        self.agent.ent_coef_state, self.agent.key = entropy, key
+        structure = jax.tree.structure(_agent_state(self.agent, self.settings.algorithm))
+        trained, self.agent.ent_coef_state, self.agent.key = jax.tree.unflatten(structure, leaves)
+        for name, value in zip(TRAINED[self.settings.algorithm], trained, strict=True):
+            setattr(self.agent.policy, name, value)
         self.agent._n_updates = state["updates"]
         self.step = self.replay.size = state["step"]
         self.seconds, self._clock = state["seconds"], time.monotonic()

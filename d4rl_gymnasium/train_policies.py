@@ -1,11 +1,11 @@
 """Trains the behavior policies that ship with the package (development only).
 
     pip install -e ".[policies]"
-    python -m d4rl_gymnasium.train_policies train --env hopper-expert-v2 --directory runs/sac
-    python -m d4rl_gymnasium.train_policies select --env hopper-expert-v2 --directory runs/sac
+    python -m d4rl_gymnasium.train_policies train --env hopper-medium-v2 --directory runs/sac
+    python -m d4rl_gymnasium.train_policies select --env hopper-medium-v2 --directory runs/sac
     python -m d4rl_gymnasium.train_policies match --env hopper-medium-v2 --policy NAME
 
-`train` runs soft actor-critic (sbx) in D4RL's physics and keeps snapshots of the actor and their
+`train` runs soft actor-critic, or TQC, in D4RL's physics and keeps snapshots of the actor and their
 returns; given again, it goes on where it was stopped. `select` picks from the snapshots what
 the data of a task needs: expert and medium the one whose mean return is nearest that of D4RL's
 file, the replays a ladder of snapshots. `match` raises the noise of a shipped policy that is too
@@ -26,7 +26,7 @@ from d4rl_gymnasium import goal_ant
 from d4rl_gymnasium.antmaze import GOAL_RADIUS
 from d4rl_gymnasium.behavior import BehaviorPolicy
 from d4rl_gymnasium.d4rl_files import known_of
-from d4rl_gymnasium.sac import Run
+from d4rl_gymnasium.sac import TRAINED, Run
 from d4rl_gymnasium.tasks import TASKS, get_normalized_score, task
 from d4rl_gymnasium.waypoints import GuidedAnt
 
@@ -107,7 +107,7 @@ def write_log(directory, rows):
 
 
 def train(args):
-    """Trains SAC up to `args.steps` steps and leaves snapshots and a log in `args.directory`."""
+    """Trains up to `args.steps` steps and leaves snapshots and a log in `args.directory`."""
     run = Run(args.directory, args)
     env = gymnasium.make(args.env)
     try:
@@ -262,6 +262,7 @@ def parse(args=None):
     parser.add_argument("--until", type=int, help="select from snapshots up to this step")
     parser.add_argument("--ladder", type=int, default=8, help="snapshots that a replay is made of")
     parser.add_argument("--policy", help="name of the shipped policy to match")
+    parser.add_argument("--algorithm", choices=sorted(TRAINED), default="sac")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1_000_000, help="environment steps")
     parser.add_argument("--batch_size", type=int, default=128)

@@ -113,11 +113,13 @@ def numbers_of(directory):
     return arrays, state, rows, replay.tobytes(), last
 
 
-@pytest.mark.parametrize("env", [HOPPER, goal_ant.ENV_ID])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, capsys, env):
+@pytest.mark.parametrize(
+    "env, algorithm", [(HOPPER, "sac"), (goal_ant.ENV_ID, "sac"), (HOPPER, "tqc")]
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, capsys, env, algorithm):
     pytest.importorskip("sbx")
-    main(command(tmp_path / "whole", 240, env))
-    main(command(tmp_path / "parts", 160, env))
+    main(command(tmp_path / "whole", 240, env, algorithm=algorithm))
+    main(command(tmp_path / "parts", 160, env, algorithm=algorithm))
     # What a process leaves that was killed after its last checkpoint.
     directory = tmp_path / "parts"
     (directory / "checkpoint.partial").write_bytes(b"half a checkpoint")
@@ -126,7 +128,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, capsys, env):
     with open(directory / "replay.f32", "ab") as file:
         file.write(np.full(100, np.nan, np.float32).tobytes())
     capsys.readouterr()
-    main(command(directory, 240, env))
+    main(command(directory, 240, env, algorithm=algorithm))
     assert "continuing at step 160 of 240" in capsys.readouterr().out
     assert numbers_of(directory) == numbers_of(tmp_path / "whole")
     assert [row["step"] for row in train_policies.read_log(directory)] == ["0", "80", "160", "240"]
@@ -137,7 +139,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, capsys, env):
 def test_a_folder_of_another_run_is_refused(tmp_path):
     pytest.importorskip("sbx")
     main(command(tmp_path, 80))
-    for change, flag in ({"seed": 1}, "seed"), ({"critic_lr": 1e-4}, "critic_lr"):
+    for change, flag in [({"seed": 1}, "seed"), ({"critic_lr": 1e-4}, "critic_lr"),
+                         ({"algorithm": "tqc"}, "algorithm")]:  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             main(command(tmp_path, 80, **change))
         assert stop.value.code.startswith("error: ") and f"--{flag} " in stop.value.code
