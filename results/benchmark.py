@@ -324,6 +324,8 @@ def main():
     """Measure and print."""
     args = parse()
     torch.set_num_threads(args.threads)
+    # All computations are compiled in one process; beyond the limit they would stay eager.
+    torch._dynamo.config.recompile_limit = 100
     torch.manual_seed(0)
     settings = {k: getattr(args, k) for k in ("threads", "precision", "compile", "cuda_graph")}
     machine = {"hardware": hardware(), **settings, "torch": str(torch.__version__)}
