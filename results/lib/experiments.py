@@ -57,6 +57,9 @@ METHODS = {
     "dare_iql_no_exchange": Method(
         "DARE-I, no exchange", "#222222", "dare_iql", {"exchange": "none"}
     ),
+    "dare_iql_random": Method(
+        "DARE-I, random exchange", "#BBBB00", "dare_iql", {"exchange": "random"}
+    ),
     "dare_iql_resample": Method(
         "DARE-I, resampled reference", "#661100", "dare_iql", {"reference": "resample"}
     ),
@@ -208,7 +211,13 @@ STUDY = Experiment(
         }
     },
 )
+FINETUNING = Experiment(
+    "Fine-tuning to its effect, with small networks",
+    [(f"iql {IQL_ABLATION} dare_iql_random", ["halfcheetah-medium-v2"])],
+    configs={"iql": "results/finetuning.yaml", "dare_iql": "results/finetuning_dare.yaml"},
+    settings={"data": "regenerated"},
+)
 EXPERIMENTS = PAPER_TABLES | FIGURES
 EXPERIMENTS["fig1"] = _group("Distribution shift of one run", "dare_iql", ["halfcheetah-medium-v2"])
 EXPERIMENTS["paper"] = Experiment("All", [part for x in EXPERIMENTS.values() for part in x.parts])
-EXPERIMENTS["study"] = STUDY
+EXPERIMENTS |= {"study": STUDY, "finetuning": FINETUNING}

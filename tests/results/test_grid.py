@@ -71,7 +71,7 @@ def names_of(runs):
 
 def test_experiments_are_methods_and_tasks_that_exist():
     names = [f"table{i}" for i in (1, 2, 3, 8, 9, 10, 11)] + [f"fig{i}" for i in range(1, 15)]
-    assert set(EXPERIMENTS) == {*names, "paper", "study"} and len(TASKS) == 13
+    assert set(EXPERIMENTS) == {*names, "paper", "study", "finetuning"} and len(TASKS) == 13
     assert {m for x in EXPERIMENTS.values() for m in x.methods} == set(METHODS)
     assert all(set(x.tasks) <= set(TASKS) for x in EXPERIMENTS.values())
 
@@ -212,9 +212,11 @@ def test_errors_are_one_line(program, args, message):
     assert "\n" not in stop.value.code
 
 
-@pytest.mark.parametrize("script", STUDY.configs)
-def test_the_last_four_evaluations_of_the_study_come_after_updates(script):
-    words = ["--config_path", str(ROOT / STUDY.configs[script]), "--env", ENV]
+@pytest.mark.parametrize(
+    "script, file", [*STUDY.configs.items(), *EXPERIMENTS["finetuning"].configs.items()]
+)
+def test_the_last_four_evaluations_come_after_updates(script, file):
+    words = ["--config_path", str(ROOT / file), "--env", ENV]
     config = grid.parser_of(script).parse_args(words)
     first_of_four = config.online_iterations - 3 * config.eval_freq
     assert config.initial_collection_steps < first_of_four
