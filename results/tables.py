@@ -12,6 +12,7 @@ lib/statistics.py says how intervals are made.
 
 import argparse
 import csv
+import functools
 import re
 import sys
 from collections import defaultdict
@@ -24,11 +25,11 @@ from d4rl_gymnasium.files import write
 from lib.claims import claims
 from lib.experiments import (
     ANTMAZE,
+    EXPERIMENTS,
     LOCOMOTION,
     METHODS,
     PAPER_TABLES,
     ROOT,
-    STUDY,
     TASKS,
     Experiment,
     kind_of,
@@ -37,9 +38,6 @@ from lib.experiments import (
 from lib.records import by_seed, matched, read_records, read_rows, sizes_of, write_records
 from lib.statistics import bootstrap, iqm, mean_of_tasks, t_interval
 from lib.table import PAPER_SIZES, Cell, Table, difference, summary
-
-RECORDS = ROOT / "results" / "study"
-
 
 # --- Tables of the paper ---
 
@@ -325,46 +323,55 @@ def prepared(rows: list[dict]) -> Table:
     return Table("Cost of what the runs share", lines, [note])
 
 
-def made_with(runs: dict) -> str:
-    """How many runs of the study there are, and what made them."""
-    records = [record for seeds in runs.values() for record in seeds.values()]
-    planned = sum(len(part.split()) * len(tasks) for part, tasks in STUDY.parts) * len(STUDY.seeds)
-    mine = [r for r in records if r.method in STUDY.methods and r.env in STUDY.tasks]
+def made_with(name: str, runs: dict) -> str:
+    """How many runs of an experiment there are, and what made them."""
+    records, plan = (
+        [record for seeds in runs.values() for record in seeds.values()],
+        EXPERIMENTS[name],
+    )
+    planned = sum(len(part.split()) * len(tasks) for part, tasks in plan.parts) * len(plan.seeds)
+    mine = [r for r in records if r.method in plan.methods and r.env in plan.tasks]
     commits, hardware, torch = (
         ", ".join(sorted({str(r.settings.get(k, "unknown")) for r in records}))
         for k in ("commit", "hardware", "torch")
     )
     return (
-        f"{len(mine)} of the study's {planned} runs are made (`python results/grid.py run study`): "
+        f"{len(mine)} of {planned} runs are made (`python results/grid.py run {name}`): "
         "reduced sizes on regenerated data, which compare the methods with each other and with no "
         f"published number. Commit {commits}; {hardware}; torch {torch}.\n"
     )
 
 
-def study_page() -> str:
-    """results/study/README.md."""
-    runs = by_seed(read_records(RECORDS))
+def record_page(name: str) -> str:
+    """README.md of an experiment's folder of records."""
+    folder = ROOT / "results" / name
+    runs = by_seed(read_records(folder))
     head = (
-        "# The study\n\nWritten by `python results/tables.py pages` from the files in this folder. "
-        "`runs.csv` has settings, command, commit and cost of every run, `eval.csv` every "
-        "evaluation, `train.csv` the online log rows, `prepared.csv` what the runs share.\n"
+        f"# {EXPERIMENTS[name].title}\n\n"
+        "Written by `python results/tables.py pages` from the files in this folder. `runs.csv` has "
+        "settings, command, commit and cost of every run, `eval.csv` every evaluation, `train.csv` "
+        "the online log rows, `prepared.csv` what the runs share.\n"
     )
     tables = [*scores(runs), *study(runs), *exchange(runs), claims(runs), *cost(runs)]
-    tables.append(prepared(read_rows(RECORDS / "prepared.csv")))
-    return "\n".join([head, made_with(runs), *(table.markdown() for table in tables)])
+    tables.append(prepared(read_rows(folder / "prepared.csv")))
+    return "\n".join([head, made_with(name, runs), *(table.markdown() for table in tables)])
 
 
-def study_block() -> str:
-    """The study in one table, for the README of the repository."""
-    runs = by_seed(read_records(RECORDS))
-    (table,) = scores(runs)
-    return f"{made_with(runs)}\n{table.markdown()}"
+def finetuning_block() -> str:
+    """The fine-tuning experiment in one table, for the README of the repository."""
+    runs = by_seed(read_records(ROOT / "results" / "finetuning"))
+    _, by_task = study(runs)
+    return f"{made_with('finetuning', runs)}\n{by_task.markdown()}"
 
 
-PAGES = {"results/study/README.md": study_page}  # written as a whole
+# Written as a whole, from the records beside them.
+PAGES = {
+    f"results/{name}/README.md": functools.partial(record_page, name)
+    for name in ("finetuning", "study")
+}
 # Written between the marks <!-- NAME: python results/tables.py pages --> and <!-- end of NAME -->,
 # in those of these pages that have them.
-BLOCKS = {"study": study_block}
+BLOCKS = {"finetuning": finetuning_block}
 MARKED = "README.md", "algorithms/README.md", "d4rl_gymnasium/README.md", "results/README.md"
 
 

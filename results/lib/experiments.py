@@ -221,3 +221,4 @@ EXPERIMENTS = PAPER_TABLES | FIGURES
 EXPERIMENTS["fig1"] = _group("Distribution shift of one run", "dare_iql", ["halfcheetah-medium-v2"])
 EXPERIMENTS["paper"] = Experiment("All", [part for x in EXPERIMENTS.values() for part in x.parts])
 EXPERIMENTS |= {"study": STUDY, "finetuning": FINETUNING}
+PICTURES["finetuning"] = FINETUNING
