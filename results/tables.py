@@ -354,7 +354,8 @@ def record_page(name: str) -> str:
     )
     tables = [*scores(runs), *study(runs), *exchange(runs), claims(runs), *cost(runs)]
     tables.append(prepared(read_rows(folder / "prepared.csv")))
-    return "\n".join([head, made_with(name, runs), *(table.markdown() for table in tables)])
+    found = [table.markdown() for table in tables if table.rows]
+    return "\n".join([head, made_with(name, runs), *found])
 
 
 def finetuning_block() -> str:
