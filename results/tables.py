@@ -39,6 +39,8 @@ from lib.records import by_seed, matched, read_records, read_rows, sizes_of, wri
 from lib.statistics import bootstrap, iqm, mean_of_tasks, t_interval
 from lib.table import PAPER_SIZES, Cell, Table, difference, summary
 
+RECORDS = ROOT / "results"
+
 # --- Tables of the paper ---
 
 
@@ -344,7 +346,7 @@ def made_with(name: str, runs: dict) -> str:
 
 def record_page(name: str) -> str:
     """README.md of an experiment's folder of records."""
-    folder = ROOT / "results" / name
+    folder = RECORDS / name
     runs = by_seed(read_records(folder))
     head = (
         f"# {EXPERIMENTS[name].title}\n\n"
@@ -360,7 +362,7 @@ def record_page(name: str) -> str:
 
 def finetuning_block() -> str:
     """The fine-tuning experiment in one table, for the README of the repository."""
-    runs = by_seed(read_records(ROOT / "results" / "finetuning"))
+    runs = by_seed(read_records(RECORDS / "finetuning"))
     _, by_task = study(runs)
     return f"{made_with('finetuning', runs)}\n{by_task.markdown()}"
 
