@@ -29,6 +29,8 @@ def attempt(command: list[str], directory: str, log: str, commit: str | None):
         RuntimeError: it failed, or another process holds the run's directory.
         KeyboardInterrupt: the task was cancelled; the command was told to save and stop.
     """
+    # Under nohup a worker starts with interrupts ignored, and by one a task is cancelled.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     directory = Path(directory)
     if is_finished(directory):
         return

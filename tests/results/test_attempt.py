@@ -1,6 +1,10 @@
 """One attempt at a run: its process, log and job.yaml."""
 
+import _thread
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +35,26 @@ def test_an_attempt(tmp_path, monkeypatch):
     before = log.read_text()
     attempt(words, str(directory), str(log), "abc1234")  # it is finished
     assert log.read_text() == before
+
+
+def test_a_cancelled_attempt_saves_and_stops_also_under_nohup(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    directory, log = tmp_path / "iql" / "hopper-medium-v2" / "seed_0", tmp_path / "log"
+    words = [*COMMAND, "--runs_dir", str(tmp_path), "--offline_iterations", "1000000"]
+
+    def cancel():  # as Ray does, once the run trains
+        while not (directory / "train.csv").exists():
+            time.sleep(0.1)
+        _thread.interrupt_main()
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        threading.Thread(target=cancel, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            attempt(words, str(directory), str(log), "abc1234")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert last_line(log).startswith("interrupted;")
 
 
 def test_last_line(tmp_path):
