@@ -276,9 +276,10 @@ def cost(runs: dict) -> list[Table]:
 
 def exchange(runs: dict) -> list[Table]:
     """What DARE's exchange did, by task and method."""
-    rows, columns = [], {"M": "exchanged", "separation": "separation"}
-    columns |= {k: k for k in ("mu_offline", "mu_online")}
-    methods = in_order({method for method, _ in runs})
+    columns = {"M": "exchanged", "M by chance": "exchanged_by_chance", "AUC": "auc"}
+    columns |= {k: k for k in ("separation", "mu_offline", "mu_online")}
+    digits = {"M": 1, "M by chance": 1, "AUC": 2}
+    rows, methods = [], in_order({method for method, _ in runs})
     for task, method in [(t, m) for t in sorted({t for _, t in runs}) for m in methods]:
         found = [r for r in runs.get((method, task), {}).values() if len(r.log("mu_offline")[0])]
         if found:
@@ -286,12 +287,15 @@ def exchange(runs: dict) -> list[Table]:
             row = {"task": task, "method": method_of(method).label}
             row["mu_offline > mu_online, share"] = summary(share, sizes_of(found), 2)
             for name, column in columns.items():
-                means = [r.log(column)[1].mean() for r in found]
-                row[name] = summary(means, sizes_of(found), 1 if name == "M" else 3)
+                logged = [r for r in found if len(r.log(column)[0])]
+                means = [r.log(column)[1].mean() for r in logged]
+                row[name] = summary(means, sizes_of(logged), digits.get(name, 3))
             rows.append(row)
     note = (
         "Of the online log rows (means over log_freq steps) of each run: mean ± population "
-        "standard deviation over (n) runs. M: exchanged pairs of an update, of half a batch."
+        "standard deviation over (n) runs. M: exchanged pairs of an update, of half a batch; by "
+        "chance: with the same scores and labels drawn at random. AUC: probability that an offline "
+        "row scores lower than an online one."
     )
     return [Table("Exchange", rows, [note])]
 

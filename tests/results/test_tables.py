@@ -262,6 +262,11 @@ def test_exchange():
     assert row["mu_offline > mu_online, share"].text() == "0.25 ± 0.25 (2)"
     assert row["M"].text() == "30.0 ± 10.0 (2)" and row["separation"].mean == 1.5
     assert (row["mu_offline"].mean, row["mu_online"].mean) == (1.25, 1.75)
+    assert row["AUC"] is row["M by chance"] is None  # not logged
+    train = [row | {"auc": 0.4, "exchanged_by_chance": 50.0} for row in records[1].train]
+    records[1] = run("dare_iql", H, 1, [1], train)
+    (row,) = tables.exchange(by_seed(records))[0].rows
+    assert row["AUC"].text() == "0.40 ± 0.00 (1)" and row["M by chance"].mean == 50
 
 
 # --- Formats, command line, pages ---
