@@ -3,10 +3,9 @@
     python -m d4rl_gymnasium.polish --env walker2d-expert-v2 --minutes 30
 
 Where the gradient of an actor-critic method has come to rest, a cross-entropy search still finds
-better gains: a factor for each observation and each unit of the second hidden layer (for the mean,
-not the noise), a factor and an offset for each action. Each round draws candidates, judges all of
-them by the same few episodes with noise, and moves the mean and the spread of the search towards
-the best quarter.
+better gains: a factor for each observation, a factor and an offset for each action. Each round
+draws candidates, judges all of them by the same few episodes with noise, and moves the mean and the
+spread of the search towards the best quarter.
 """
 
 import argparse
@@ -42,17 +41,18 @@ def with_gains(policy, gains, noise=1.0):
     """A policy with other weights.
 
     Args:
-        policy: the `BehaviorPolicy`, S observations, A actions and H units in its second layer.
-        gains: (S + 2 A + H,): logarithms of the factors of observations and of actions before the
-            tanh, offsets of these, and logarithms of the factors of units, for the mean.
+        policy: the `BehaviorPolicy`, S observations and A actions.
+        gains: (S + 2 A,): logarithms of the factors of observations and of actions before the
+            tanh, and offsets of these.
         noise: factor of the standard deviation of the noise.
     """
     weights = {name: value.copy() for name, value in policy.weights.items()}
-    sizes = [len(weights["w0"]), len(weights["b_mean"]), len(weights["b_mean"])]
-    parts = np.split(np.asarray(gains, np.float32), np.cumsum(sizes))
-    inputs, outputs, offsets, units = parts
+    inputs, outputs, offsets = np.split(
+        np.asarray(gains, np.float32),
+        [len(weights["w0"]), len(weights["w0"]) + len(weights["b_mean"])],
+    )
     weights["w0"] = weights["w0"] * np.exp(inputs)[:, None]
-    weights["w_mean"] = weights["w_mean"] * np.exp(outputs) * np.exp(units)[:, None]
+    weights["w_mean"] = weights["w_mean"] * np.exp(outputs)
     weights["b_mean"] = weights["b_mean"] * np.exp(outputs) + offsets
     weights["b_log_std"] = weights["b_log_std"] + np.float32(np.log(noise))
     return BehaviorPolicy(weights, env_steps=policy.env_steps)
@@ -74,9 +74,7 @@ class Search:
         self.policy, self.env, self.noise = policy, env, noise
         self.spread, self.episodes = spread, episodes
         self.rng = np.random.default_rng(seed)
-        weights = policy.weights
-        n_gains = len(weights["w0"]) + 2 * len(weights["b_mean"]) + len(weights["w_mean"])
-        self.mean = np.zeros(n_gains)
+        self.mean = np.zeros(len(policy.weights["w0"]) + 2 * len(policy.weights["b_mean"]))
         self.std = np.full(len(self.mean), spread)
 
     def candidate(self, gains):

@@ -1,11 +1,11 @@
-"""The paper's figures from runs: python results/figures.py PATH [--figure fig7,study]
+"""The paper's figures from runs: python results/figures.py PATH [--figure fig7,finetuning]
 
 PATH is a runs directory or a folder of committed records (tables.py collect). Every figure whose
 runs are there is written to --output; for every other one a line says what is missing. Curves are
 means over seeds with a 95% bootstrap band, not smoothed; the small print of a figure says how many
-seeds, on which data and at which sizes. Beyond the paper: `finetuning`; `study` and `study-cql`,
-each method minus DARE seed by seed with t intervals; `sign`, the difference of both halves' mean
-scores.
+seeds, on which data and at which sizes. Beyond the paper: `finetuning`; `differences-iql` and
+`differences-cql`, each method minus DARE seed by seed with t intervals; `sign`, the difference of
+both halves' mean scores.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Runs the paper's experiments and the study: python results/grid.py list table1
+"""Runs the experiments of the paper and of results/: python results/grid.py list table1
 
     python results/grid.py list EXPERIMENT ...           state of every run
     python results/grid.py run EXPERIMENT ... --dry_run  the plain commands, stage by stage

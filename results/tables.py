@@ -1,12 +1,12 @@
-"""Tables from runs: python results/tables.py show PATH [--table table1,study] > tables.md
+"""Tables from runs: python results/tables.py show PATH [--table table1,comparison] > tables.md
 
     python results/tables.py show PATH          tables of a runs directory or of committed records
     python results/tables.py collect RUNS FOLDER  write the records of finished runs, to commit
     python results/tables.py pages [--check]    write the generated pages of this repository
 
-`--table` takes table1, 2, 3, 8, 9, 10, 11 of the paper; `scores`, `study` (all methods and tasks
-that there are, paired with the baseline and with DARE), `exchange`, `cost` and `claims` (what the
-paper says, against the runs). A cell is mean ± population standard deviation (runs);
+`--table` takes table1, 2, 3, 8, 9, 10, 11 of the paper; `scores`, `comparison` (all methods and
+tasks that there are, paired with the baseline and with DARE), `exchange`, `cost` and `claims` (what
+the paper says, against the runs). A cell is mean ± population standard deviation (runs);
 lib/statistics.py says how intervals are made.
 """
 
@@ -151,7 +151,7 @@ def paper_table(runs: dict, name: str, paper: bool = False) -> list[Table]:
     ]
 
 
-# --- The study ---
+# --- Other tables ---
 
 AGAINST = {  # heading: the method that others are compared with, or None
     "minus baseline": lambda name: method_of(name).baseline,
@@ -172,7 +172,7 @@ def differences(runs: dict, method: str, other: str | None, task: str) -> tuple[
     return np.array([a.last_four - b.last_four for a, b in pairs]), sizes
 
 
-def study(runs: dict) -> list[Table]:
+def comparison(runs: dict) -> list[Table]:
     """All methods and tasks that there are, with differences, and these over all tasks."""
     rows, totals, tasks = [], [], sorted({task for _, task in runs})
     methods = in_order({method for method, _ in runs})
@@ -302,7 +302,7 @@ def exchange(runs: dict) -> list[Table]:
 
 OTHERS = {
     "scores": scores,
-    "study": study,
+    "comparison": comparison,
     "exchange": exchange,
     "cost": cost,
     "claims": lambda runs: [claims(runs)],
@@ -313,7 +313,7 @@ OTHERS = {
 
 
 def prepared(rows: list[dict]) -> Table:
-    """What the study's shared parts cost, from prepared.csv."""
+    """What the parts that runs share cost, from prepared.csv."""
     groups = defaultdict(lambda: defaultdict(list))
     for row in rows:
         groups[row["prepared"]][row["env"]].append(row["seconds"])
@@ -358,7 +358,7 @@ def record_page(name: str) -> str:
         "settings, command, commit and cost of every run, `eval.csv` every evaluation, `train.csv` "
         "the online log rows, `prepared.csv` what the runs share.\n"
     )
-    tables = [*scores(runs), *study(runs), *exchange(runs), claims(runs), *cost(runs)]
+    tables = [*scores(runs), *comparison(runs), *exchange(runs), claims(runs), *cost(runs)]
     tables.append(prepared(read_rows(folder / "prepared.csv")))
     found = [table.markdown() for table in tables if table.rows]
     return "\n".join([head, made_with(name, runs), *found])
@@ -367,15 +367,12 @@ def record_page(name: str) -> str:
 def finetuning_block() -> str:
     """The fine-tuning experiment in one table, for the README of the repository."""
     runs = by_seed(read_records(RECORDS / "finetuning"))
-    _, by_task = study(runs)
+    _, by_task = comparison(runs)
     return f"{made_with('finetuning', runs)}\n{by_task.markdown()}"
 
 
 # Written as a whole, from the records beside them.
-PAGES = {
-    f"results/{name}/README.md": functools.partial(record_page, name)
-    for name in ("finetuning", "study")
-}
+PAGES = {"results/finetuning/README.md": functools.partial(record_page, "finetuning")}
 # Written between the marks <!-- NAME: python results/tables.py pages --> and <!-- end of NAME -->,
 # in those of these pages that have them.
 BLOCKS = {"finetuning": finetuning_block}
@@ -436,7 +433,7 @@ def main():
     actions = parser.add_subparsers(dest="action", required=True)
     action = actions.add_parser("show", help="print tables")
     action.add_argument("path", type=Path, help="runs directory, or folder of records")
-    action.add_argument("--table", default="scores,study,exchange,claims,cost",
+    action.add_argument("--table", default="scores,comparison,exchange,claims,cost",
                         help="names, with commas between")  # fmt: skip
     action.add_argument("--format", choices=["markdown", "latex"], default="markdown")
     action.add_argument("--paper", action="store_true", help="the paper's numbers beside")

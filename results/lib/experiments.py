@@ -1,4 +1,4 @@
-"""Methods, tasks, and the experiments of the paper and of the study, as data."""
+"""Methods, tasks, and the experiments of the paper and beyond, as data."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,12 +62,6 @@ METHODS = {
     ),
     "dare_iql_resample": Method(
         "DARE-I, resampled reference", "#661100", "dare_iql", {"reference": "resample"}
-    ),
-    "dare_iql_reference4": Method(
-        "DARE-I, 4 references", "#EE99AA", "dare_iql", {"n_reference": 4}
-    ),
-    "dare_iql_reference16": Method(
-        "DARE-I, 16 references", "#994455", "dare_iql", {"n_reference": 16}
     ),
     "pex_utd10": Method("PEX, UTD = 10", "#4477AA", "pex", UTD10),
     "edis_iql_utd10": Method("EDIS-I, UTD = 10", "#114466", "edis_iql", UTD10),
@@ -179,46 +173,24 @@ PICTURES = FIGURES | {
     "fig3-iql": _group("Gaussian or direct exchange", "dare_iql_direct dare_iql", TASKS),
     "sign": _group("Which half scores higher", "dare_cql|dare_iql_no_guidance dare_iql", TASKS,
                    shows="sign"),
-    "study": _group("Last-four mean minus that of DARE-I, by seed", _IQL, TASKS,
-                    shows="differences"),
-    "study-cql": _group("Last-four mean minus that of DARE-C, by seed", _CQL, TASKS,
-                        shows="differences"),
+    "differences-iql": _group("Last-four mean minus that of DARE-I, by seed", _IQL, TASKS,
+                              shows="differences"),
+    "differences-cql": _group("Last-four mean minus that of DARE-C, by seed", _CQL, TASKS,
+                              shows="differences"),
 }  # fmt: skip
 
-STUDY_TASKS = """hopper-medium-replay-v2 hopper-medium-v2 walker2d-medium-v2 halfcheetah-medium-v2
-    antmaze-umaze-v2""".split()
-STUDY = Experiment(
-    "The study, at sizes for two CPU cores",
-    [
-        (f"iql pex {IQL_ABLATION} dare_iql_direct dare_iv", STUDY_TASKS),
-        ("cal_ql dare_cql dare_iql_resample", [STUDY_TASKS[0], STUDY_TASKS[3]]),
-        ("dare_iql_reference4 dare_iql_reference16", STUDY_TASKS[:1]),
-    ],
-    configs={
-        "iql": "results/study.yaml",
-        "pex": "results/study.yaml",
-        "dare_iql": "results/study_dare.yaml",
-        "cal_ql": "results/study_cql.yaml",
-        "dare_cql": "results/study_dare_cql.yaml",
-    },
-    settings={"data": "regenerated"},
-    # 20,000 updates leave every seed at a success rate of 0 there, and 10 episodes are coarse.
-    task_settings={
-        "antmaze-umaze-v2": {
-            "offline_iterations": 60_000,
-            "offline_eval_freq": 20_000,
-            "n_episodes": 20,
-        }
-    },
-)
 FINETUNING = Experiment(
     "Fine-tuning to its effect, with small networks",
-    [(f"iql {IQL_ABLATION} dare_iql_random", ["halfcheetah-medium-v2"])],
-    configs={"iql": "results/finetuning.yaml", "dare_iql": "results/finetuning_dare.yaml"},
+    [(f"iql pex {IQL_ABLATION} dare_iql_random dare_iql_resample", ["halfcheetah-medium-v2"])],
+    configs={
+        "iql": "results/finetuning.yaml",
+        "pex": "results/finetuning.yaml",
+        "dare_iql": "results/finetuning_dare.yaml",
+    },
     settings={"data": "regenerated"},
 )
 EXPERIMENTS = PAPER_TABLES | FIGURES
 EXPERIMENTS["fig1"] = _group("Distribution shift of one run", "dare_iql", ["halfcheetah-medium-v2"])
 EXPERIMENTS["paper"] = Experiment("All", [part for x in EXPERIMENTS.values() for part in x.parts])
-EXPERIMENTS |= {"study": STUDY, "finetuning": FINETUNING}
+EXPERIMENTS["finetuning"] = FINETUNING
 PICTURES["finetuning"] = FINETUNING

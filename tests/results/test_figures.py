@@ -102,7 +102,7 @@ def test_the_band_is_the_bootstrap_interval():
 
 
 @pytest.mark.parametrize("n", [1, 13])
-@pytest.mark.parametrize("name", ["fig5", "fig9", "study"])
+@pytest.mark.parametrize("name", ["fig5", "fig9", "differences-iql"])
 def test_no_text_is_cut_or_covered(name, n):
     figure, _ = figures.draw(name, all_records(list(TASKS)[:n], (0, 1)))
     figure.draw_without_rendering()
@@ -126,8 +126,8 @@ def test_no_text_is_cut_or_covered(name, n):
         assert not [texts[k] for k in range(i) if inner.overlaps(boxes[k])], text
 
 
-@pytest.mark.parametrize("name", ["study", "study-cql"])
-def test_study_shows_paired_differences(name):
+@pytest.mark.parametrize("name", ["differences-iql", "differences-cql"])
+def test_paired_differences(name):
     *others, dare = PICTURES[name].methods
     first, *_, alone = others
     records = all_records()
@@ -159,8 +159,8 @@ def test_small_print_names_the_tasks_or_methods_of_each_size():
         return small_print(figure)
 
     both = "iql", "dare_iql"
-    assert "hopper" not in text("study", both)
-    found = text("study", both, offline_iterations=80)
+    assert "hopper" not in text("differences-iql", both)
+    found = text("differences-iql", both, offline_iterations=80)
     assert "hopper-medium: data regenerated (200,000 transitions), 40 offline updates" in found
     assert "antmaze-umaze: data regenerated (200,000 transitions), 80 offline updates" in found
     records = [record("dare_iql", H, 0), record("dare_cql", H, 0, offline_iterations=80)]
@@ -175,7 +175,7 @@ def test_main_draws_what_it_can(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert len(said) == len(PICTURES)
     drawn = sorted(x.name for x in (tmp_path / "out").iterdir())
-    assert drawn == [f"{x}.png" for x in ("fig2", "fig7", "fig9", "sign", "study")]
+    assert drawn == [f"{x}.png" for x in ("differences-iql", "fig2", "fig7", "fig9", "sign")]
     assert f"fig7: {tmp_path}/out/fig7.png, 1 of 9 tasks, without pex, edis_iql" in said
     assert "fig5: not drawn, needs runs of cql, cal_ql, edis_cql, dare_cql on one task" in said
     for path in (tmp_path / "out").iterdir():

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import grid
-from lib.experiments import EXPERIMENTS, METHODS, ROOT, STUDY, TASKS, Experiment, Method
+from lib.experiments import EXPERIMENTS, METHODS, PICTURES, ROOT, TASKS, Experiment, Method
 from lib.records import is_finished, read_rows
 
 DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
@@ -71,18 +71,21 @@ def names_of(runs):
 
 def test_experiments_are_methods_and_tasks_that_exist():
     names = [f"table{i}" for i in (1, 2, 3, 8, 9, 10, 11)] + [f"fig{i}" for i in range(1, 15)]
-    assert set(EXPERIMENTS) == {*names, "paper", "study", "finetuning"} and len(TASKS) == 13
-    assert {m for x in EXPERIMENTS.values() for m in x.methods} == set(METHODS)
+    assert set(EXPERIMENTS) == {*names, "paper", "finetuning"} and len(TASKS) == 13
+    plans = [*EXPERIMENTS.values(), *PICTURES.values()]
+    assert {m for x in plans for m in x.methods} == set(METHODS)
     assert all(set(x.tasks) <= set(TASKS) for x in EXPERIMENTS.values())
 
 
-@pytest.mark.parametrize("name", ["paper", "study"])
-def test_printed_commands_are_unique_and_parse(program, monkeypatch, name):
+@pytest.mark.parametrize(
+    "name, tasks, n_least", [("paper", f"{ENV},umaze-v2", 40), ("finetuning", "halfcheetah", 10)]
+)
+def test_printed_commands_are_unique_and_parse(program, monkeypatch, name, tasks, n_least):
     monkeypatch.chdir(ROOT)
-    args = ["--dry_run", "--seeds", "3", "--runs_dir", "none_yet", "--tasks", f"{ENV},umaze-v2"]
+    args = ["--dry_run", "--seeds", "3", "--runs_dir", "none_yet", "--tasks", tasks]
     lines = program("run", name, *args)
     commands = [line for line in lines if not line.startswith("#")]
-    assert lines[0].startswith("# stage 1: ") and len(commands) > 15
+    assert lines[0].startswith("# stage 1: ") and len(commands) >= n_least
     directories = set()
     for line in commands:
         python, script, *words = shlex.split(line)
@@ -115,29 +118,42 @@ def test_the_same_run_of_several_experiments_is_one():
     names = ["table1", "table8", "fig5", "fig8"]
     assert len(grid.plan(names, {}, **only)) == len(grid.plan(["table1"], {}, **only))
     with pytest.raises(SystemExit, match="differ in the settings of .*--runs_dir each"):
-        grid.plan(["table1", "study"], {}, ["iql"], [ENV], [0])
+        grid.plan(["table1", "finetuning"], {}, ["iql"], ["halfcheetah-medium-v2"], [0])
 
 
-def test_stages_of_the_study():
-    runs = grid.plan(["study"], {}, tasks=["hopper-medium-replay"], seeds=[2])
+def test_stages(monkeypatch):
+    """The preparing runs that each run waits for, and the chain of those that share a cache."""
+    methods = "iql pex dare_iv dare_iql_no_guidance dare_iql_no_exchange dare_iql"
+    others = "cal_ql dare_cql dare_iql_resample"
+    both = Experiment("Both", [(methods, [ENV]), (others, [ENV])])
+    monkeypatch.setitem(EXPERIMENTS, "both", both)
+    runs = grid.plan(["both"], {}, seeds=[2])
     needs = {name: names_of(run.needs) for name, run in zip(names_of(runs), runs, strict=True)}
     assert needs["pex"] == needs["dare_iql_no_exchange"] == needs["iql"] == ["prepare_iql"]
     assert needs["dare_cql"] == ["prepare_cal_ql", "prepare_dare_cql"]
     assert needs["dare_iql_resample"] == ["prepare_iql", "prepare_dare_iql_resample"]
-    for name in ("dare_iql", "dare_iv", "dare_iql_no_guidance", "dare_iql_reference4"):
+    for name in ("dare_iql", "dare_iv", "dare_iql_no_guidance"):
         assert needs[name] == ["prepare_iql", "prepare_dare_iql"]
     assert needs["prepare_dare_iql"] == needs["prepare_iql"] == []  # the first of a chain
     chain = ["prepare_dare_iql", "prepare_dare_cql", "prepare_dare_iql_resample"]
     assert [needs[name] for name in chain[1:]] == [chain[:1], chain[1:2]]
 
 
-def test_settings_of_a_task_hold_for_it_alone_and_for_its_agents():
-    runs = grid.plan(["study"], {}, tasks=["umaze", "walker2d"], seeds=[1])
+def test_settings_of_a_task_hold_for_it_alone_and_for_its_agents(monkeypatch):
+    own = Experiment(
+        "Own",
+        [("iql dare_iql", [ENV, "antmaze-umaze-v2"])],
+        configs={"iql": "results/finetuning.yaml", "dare_iql": "results/finetuning_dare.yaml"},
+        task_settings={"antmaze-umaze-v2": {"offline_iterations": 60_000, "n_episodes": 20}},
+    )
+    monkeypatch.setitem(EXPERIMENTS, "own", own)
+    runs = grid.plan(["own"], {}, seeds=[1])
     runs = [r for r in runs if not r.flags.get("name", "").startswith("prepare_dare")]
     updates = {(r.flags["env"], r.flags.get("offline_iterations")) for r in runs}
-    assert updates == {("antmaze-umaze-v2", 60_000), ("walker2d-medium-v2", None)}
+    assert updates == {("antmaze-umaze-v2", 60_000), (ENV, None)}
     assert {r.flags.get("n_episodes") for r in runs if "umaze" in r.flags["env"]} == {20}
-    assert {r.flags["config_path"] for r in runs if r.script == "iql"} == {"results/study.yaml"}
+    files = {r.flags["config_path"] for r in runs if r.script == "iql"}
+    assert files == {"results/finetuning.yaml"}
 
 
 def test_an_agent_with_other_settings_is_refused(monkeypatch):
@@ -212,9 +228,7 @@ def test_errors_are_one_line(program, args, message):
     assert "\n" not in stop.value.code
 
 
-@pytest.mark.parametrize(
-    "script, file", [*STUDY.configs.items(), *EXPERIMENTS["finetuning"].configs.items()]
-)
+@pytest.mark.parametrize("script, file", EXPERIMENTS["finetuning"].configs.items())
 def test_the_last_four_evaluations_come_after_updates(script, file):
     words = ["--config_path", str(ROOT / file), "--env", ENV]
     config = grid.parser_of(script).parse_args(words)

@@ -184,15 +184,15 @@ def test_the_papers_numbers_warn_beside_other_sizes(program):
         assert "- Warning: the paper's numbers are of other sizes or data" in out
 
 
-# --- The study ---
+# --- Other tables ---
 
 
-def test_study_pairs_by_seed_and_cuts_at_the_smaller_number_of_steps():
+def test_comparison_pairs_by_seed_and_cuts_at_the_smaller_number_of_steps():
     records = [run("iql", H, s, [0, 1, 1, 1, 1 + 8 * s]) for s in (0, 1, 2)]
     records += [run("dare_iql", H, s, [0, 2, 2, 2, 2 + 8 * s]) for s in (1, 2, 3)]
     records += [run("dare_iql_n16", H, s, [0, 5, 5], online_iterations=20_000) for s in (1, 2)]
     records += [run("dare_iql_direct", H, 1, [7, 7], offline_iterations=5)]
-    over_tasks, by_task = tables.study(by_seed(records))
+    over_tasks, by_task = tables.comparison(by_seed(records))
     rows = {row["method"]: row for row in by_task.rows}
     assert rows["IQL"]["minus baseline"] is None and rows["DARE-I"]["minus DARE"] is None
     assert rows["IQL"]["last-four mean"].mean == 3 and rows["IQL"]["best"].mean == 9
@@ -210,7 +210,7 @@ def test_study_pairs_by_seed_and_cuts_at_the_smaller_number_of_steps():
 def test_aggregate_difference_weighs_tasks_alike():
     records = flat("cal_ql", H, [0, 0]) + flat("dare_cql", H, [1, 3])
     records += flat("cal_ql", W, [0] * 4) + flat("dare_cql", W, [10] * 4)
-    (row,) = tables.study(by_seed(records))[0].rows
+    (row,) = tables.comparison(by_seed(records))[0].rows
     found = row["minus baseline"]
     assert row["method"] == "DARE-C" and (found.mean, found.seeds) == (6, 6)
     half = stats.t.ppf(0.975, 1) * 1 / 2  # of 1 and 3, whose mean has a deviation of 1
