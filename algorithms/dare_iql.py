@@ -52,7 +52,7 @@ class TrainConfig:
     """All settings; those without a default here get it from PRESETS, by task."""
 
     # Experiment
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
     env: str = "antmaze-umaze-v2"  # D4RL task
     data: str = "d4rl"  # d4rl (cache or download), regenerated, minari:ID or an HDF5 file
     regenerated_size: int = 200_000  # transitions that --data regenerated collects

@@ -93,17 +93,28 @@ def parse(config_class: type, args: list[str] | None = None):
 
     What cannot be ends in one line, or two where argparse adds its usage.
     """
-    usage = "%(prog)s [--SETTING VALUE ...]; --help lists the settings"
-    parser = pyrallis.argparsing.ArgumentParser(config_class, usage=usage, allow_abbrev=False)
-    comments = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config_class), re.M)
-    for action in parser._actions:  # pyrallis takes a banner for the comment of what is below it
-        action.help = dict(comments).get(action.dest, action.help)
+    parser = parser_of(config_class)
     args = _quoted(sys.argv[1:] if args is None else args, config_class)
     try:
         _check_file(args)
         return parser.parse_args(args)
     except Exception as error:
         sys.exit(f"error: {one_line(error)}")
+
+
+def parser_of(config_class: type) -> pyrallis.argparsing.ArgumentParser:
+    """Parser of a script's command line, with the comments of its settings as their help."""
+    # pyrallis would read the source again for every setting, which takes seconds: a class of no
+    # file spares it. Its help would also be another, of the banners above some settings.
+    of_no_file = {"__module__": "builtins", "__doc__": config_class.__doc__}
+    fields = type(config_class.__name__, (config_class,), of_no_file)
+    usage = "%(prog)s [--SETTING VALUE ...]; --help lists the settings"
+    parser = pyrallis.argparsing.ArgumentParser(fields, usage=usage, allow_abbrev=False)
+    parser.config_class = config_class
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config_class), re.M))
+    for action in parser._actions:
+        action.help = comments.get(action.dest, action.help)
+    return parser
 
 
 def _quoted(args, config_class):

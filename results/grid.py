@@ -23,8 +23,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyrallis
-
+from d4rl_gymnasium.runs import parser_of as parser_of_class
 from lib.attempt import attempt, last_line
 from lib.experiments import EXPERIMENTS, METHODS, ROOT, Experiment, Method
 from lib.records import PREPARING, is_finished, read_yaml
@@ -99,7 +98,7 @@ def script_module(script: str):
 @functools.cache
 def parser_of(script: str):
     """The parser of a script's command line."""
-    return pyrallis.argparsing.ArgumentParser(script_module(script).TrainConfig)
+    return parser_of_class(script_module(script).TrainConfig)
 
 
 def fields_of(script: str) -> set[str]:

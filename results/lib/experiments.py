@@ -63,6 +63,15 @@ METHODS = {
     "dare_iql_resample": Method(
         "DARE-I, resampled reference", "#661100", "dare_iql", {"reference": "resample"}
     ),
+    "iql_small_rate": Method(
+        "IQL, policy rate 3e-5 online", "#555555", "iql", {"actor_lr": 0.00003}
+    ),
+    "dare_iql_no_exchange_small_rate": Method(
+        "DARE-I, no exchange, policy rate 3e-5 online",
+        "#777777",
+        "dare_iql",
+        {"exchange": "none", "actor_lr": 0.00003},
+    ),
     "pex_utd10": Method("PEX, UTD = 10", "#4477AA", "pex", UTD10),
     "edis_iql_utd10": Method("EDIS-I, UTD = 10", "#114466", "edis_iql", UTD10),
     "dare_iql_utd10": Method("DARE-I, UTD = 10", "#BB4400", "dare_iql", UTD10),
@@ -181,7 +190,10 @@ PICTURES = FIGURES | {
 
 FINETUNING = Experiment(
     "Fine-tuning to its effect, with small networks",
-    [(f"iql pex {IQL_ABLATION} dare_iql_random dare_iql_resample", ["halfcheetah-medium-v2"])],
+    [
+        (f"iql pex {IQL_ABLATION} dare_iql_random dare_iql_resample", ["halfcheetah-medium-v2"]),
+        ("iql_small_rate dare_iql_no_exchange_small_rate", ["halfcheetah-medium-v2"]),
+    ],
     configs={
         "iql": "results/finetuning.yaml",
         "pex": "results/finetuning.yaml",
@@ -193,4 +205,4 @@ EXPERIMENTS = PAPER_TABLES | FIGURES
 EXPERIMENTS["fig1"] = _group("Distribution shift of one run", "dare_iql", ["halfcheetah-medium-v2"])
 EXPERIMENTS["paper"] = Experiment("All", [part for x in EXPERIMENTS.values() for part in x.parts])
 EXPERIMENTS["finetuning"] = FINETUNING
-PICTURES["finetuning"] = FINETUNING
+PICTURES["finetuning"] = replace(FINETUNING, parts=FINETUNING.parts[:1])

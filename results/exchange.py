@@ -1,0 +1,186 @@
+"""What the exchange does in a DARE-I run, as in Fig. 1c: python results/exchange.py RUN_DIR
+
+    python results/exchange.py runs/dare_iql/hopper-medium-v2/seed_0 --csv rows.csv --picture x.png
+
+RUN_DIR is a run's folder, with its checkpoint.pt at any online step with updates. For several steps
+give the run a smaller --online_iterations, call this program, and go on with a larger one. Each
+call appends its rows to --csv and draws --picture from all rows there.
+
+2,500 rows of the data and 2,500 online ones are scored by the checkpoint's reference policy. Rows
+of the table: for each of 40 bins of the score the densities of both halves, and for the rows that
+the exchange moves and those that it leaves the mean Q, the discounted return that followed, and
+their number. Returns are of rows that an end follows, or 500 more steps of the episode.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+import torch
+
+import d4rl_gymnasium as d4rl
+from lib.experiments import ROOT
+
+sys.path.insert(0, str(ROOT / "algorithms"))
+import dare_iql  # noqa: E402
+from d4rl_gymnasium.files import contents_of, load, save_figure, write  # noqa: E402
+from d4rl_gymnasium.runs import errors_in_one_line, parse  # noqa: E402
+from diffusion import EnergyGuidedSampler  # noqa: E402
+from figures import STYLE, grid  # noqa: E402
+from lib.records import csv_text, read_rows  # noqa: E402
+
+N_ROWS, N_BINS, BATCH, HORIZON = 2_500, 40, 250, 500
+
+
+def returns_to_go(rows, discount: float) -> np.ndarray:
+    """Discounted returns [N] of consecutive transitions; NaN where too little of them is known.
+
+    Known is a return whose episode terminates, or goes on for HORIZON steps.
+    """
+    rewards, terminals = rows.rewards.double().numpy(), rows.terminals.numpy() > 0
+    follows = (rows.next_observations[:-1] == rows.observations[1:]).all(1).numpy()
+    returns, known = np.zeros(len(rewards)), np.zeros(len(rewards), bool)
+    steps = 0
+    for i in reversed(range(len(rewards))):
+        goes_on = i + 1 < len(rewards) and follows[i] and not terminals[i]
+        steps = steps + 1 if goes_on else 1
+        ends = terminals[i] or (goes_on and known[i + 1])
+        known[i] = ends or steps >= HORIZON
+        returns[i] = rewards[i] + discount * (returns[i + 1] if goes_on else 0.0)
+    return np.where(known, returns, np.nan)
+
+
+def restored(folder: Path):
+    """Config, agent, sampler, data and filled online buffer of a run, at its checkpoint's step.
+
+    Raises:
+        SystemExit: the run is no DARE-I run with an exchange, or has not begun to update online.
+    """
+    if not (folder / "config.yaml").exists():
+        sys.exit(f"error: {folder} has no config.yaml: name the folder of a run")
+    flags = ["--config_path", str(folder / "config.yaml"), "--device", "cpu"]
+    flags += ["--precision", "fp32", "--compile", "false", "--runs_dir", str(folder.parents[2])]
+    config = parse(dare_iql.TrainConfig, flags)
+    with contents_of(folder / "checkpoint.pt"):
+        state = load(folder / "checkpoint.pt")
+    if state["settings"]["script"] != "dare_iql" or config.exchange == "none":
+        sys.exit(f"error: {folder} is no run of dare_iql.py with an exchange")
+    if state["phase"] != "online" or state["step"] <= config.initial_collection_steps:
+        sys.exit(f"error: {folder} has no updates online yet: let it go on")
+    torch.set_num_threads(config.threads)
+    source = {"data": config.data, "regenerated_size": config.regenerated_size}
+    dataset = d4rl.qlearning_dataset(config.env, **source)
+    dare_iql.modify_reward(dataset, config)
+    dims = dataset["observations"].shape[1], dataset["actions"].shape[1]
+    offline = dare_iql.ReplayBuffer(*dims, len(dataset["rewards"]))
+    offline.load_d4rl_dataset(dataset)
+    online = dare_iql.ReplayBuffer(*dims, len(state["online_buffer"]["rows"]))
+    online.load_state_dict(state["online_buffer"])
+    trainer = dare_iql.ImplicitQLearning(*dims, config)
+    trainer.load_state_dict(state["trainer"])
+    data = offline.rows(slice(None))
+    sampler = EnergyGuidedSampler(
+        config, data.observations, data.actions, online.rows(slice(None)).observations,
+        trainer.q_target, lambda update: update,
+    )  # fmt: skip
+    sampler.load_state_dict(state["sampler"])
+    return config, state["step"], trainer, sampler, data, online.rows(slice(None))
+
+
+def scores_of(config, sampler, rows, index, half: str) -> torch.Tensor:
+    """Alignment scores of the rows with these numbers, of the data or of the online buffer."""
+    none, found = index[:0], []
+    for part in index.split(BATCH):
+        of_half = (part, none) if half == "offline" else (none, part)
+        references = sampler.sample(rows.observations[part], *of_half)
+        found.append(dare_iql.alignment_score(rows.actions[part], references, config.align))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def rows_of(folder: Path) -> list[dict]:
+    """The rows that a run adds to the table."""
+    config, step, trainer, sampler, data, online = restored(folder)
+    torch.manual_seed(config.seed)
+    # Resampled references exist for online rows that have support actions.
+    n_online = len(online.rewards)
+    if config.reference == "resample":
+        n_online = int(sampler.n_online)
+    index = {"offline": torch.randint(len(data.rewards), (N_ROWS,))}
+    index["online"] = torch.randint(n_online, (N_ROWS,))
+    halves = {"offline": data, "online": online}
+    x, y = (scores_of(config, sampler, halves[k], index[k], k) for k in halves)
+    exchanged, separation = dare_iql.count_misplaced(x, y)
+    moved = {"offline": torch.zeros(N_ROWS, dtype=bool), "online": torch.zeros(N_ROWS, dtype=bool)}
+    moved["offline"][x.argsort(descending=True)[: int(exchanged)]] = True
+    moved["online"][y.argsort()[: int(exchanged)]] = True
+
+    base = {"env": config.env, "name": folder.parts[-3], "seed": config.seed, "step": step}
+    base["separation"] = separation.item()
+    edges = np.linspace(0, torch.cat([x, y]).quantile(0.99).item(), N_BINS + 1)
+    densities = [np.histogram(half, edges)[0] / N_ROWS / np.diff(edges) for half in (x, y)]
+    rows = [
+        {**base, "score": (low + high) / 2, "offline": a, "online": b}
+        for low, high, a, b in zip(edges[:-1], edges[1:], *densities, strict=True)
+    ]
+    for half, transitions in halves.items():
+        i = index[half]
+        q = trainer.q_target(transitions.observations[i], transitions.actions[i]).double().numpy()
+        returns = returns_to_go(transitions, config.discount)[i]
+        for group, chosen in (("kept", ~moved[half].numpy()), ("moved", moved[half].numpy())):
+            chosen = chosen & np.isfinite(returns)
+            row = {**base, "group": f"{half}, {group}", "n": int(chosen.sum())}
+            if chosen.any():
+                row |= {"q": float(q[chosen].mean()), "return": float(returns[chosen].mean())}
+            rows.append(row)
+    return rows
+
+
+def draw(rows: list[dict]):
+    """A panel for each step: the densities of both halves' scores, and the separation point."""
+    steps = sorted({int(row["step"]) for row in rows})
+    text = "Densities of the alignment scores of offline and online rows; dashed: the separation "
+    text += f"point. {rows[0]['name']}, {rows[0]['env']}, seed {int(rows[0]['seed'])}."
+    titles = [f"online step {step:,}" for step in steps]
+    figure, axes = grid(titles, "alignment score", text)
+    for ax, step in zip(axes, steps, strict=True):
+        found = [row for row in rows if row["step"] == step and "score" in row]
+        score = [row["score"] for row in found]
+        for half, color in (("offline", "#0072B2"), ("online", "#D55E00")):
+            density = [row[half] for row in found]
+            ax.fill_between(score, density, color=color, alpha=0.2, lw=0)
+            ax.plot(score, density, color=color, label=half)
+        ax.axvline(found[0]["separation"], color="0.3", ls="--", lw=0.8)
+        ax.set_ylim(bottom=0)
+    axes[0].set_ylabel("density")
+    axes[0].legend()
+    return figure
+
+
+def main():
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="folder of a DARE-I run")
+    parser.add_argument("--csv", type=Path, required=True, help="table to append the rows to")
+    parser.add_argument("--picture", type=Path, help="PNG of all rows of the table")
+    args = parser.parse_args()
+    with errors_in_one_line():
+        old = read_rows(args.csv)
+        new = rows_of(args.run.resolve())
+        key = ("env", "name", "seed")
+        if any(tuple(row.get(k) for k in key) != tuple(new[0][k] for k in key) for row in old):
+            sys.exit(f"error: {args.csv} is of another run: name another file")
+        rows = [row for row in old if row["step"] != new[0]["step"]] + new
+        write(args.csv, csv_text(rows))
+        for row in (row for row in new if "q" in row):
+            means = f"mean Q {row['q']:.1f}, return {row['return']:.1f}"
+            print(f"step {row['step']:,}: {row['group']}: {row['n']} rows, {means}")
+        if args.picture:
+            with matplotlib.style.context(STYLE):
+                save_figure(args.picture, draw(read_rows(args.csv)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""results/exchange.py: returns by hand, and a small run from end to end."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dare_iql
+import exchange
+from lib.records import read_rows
+
+DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
+
+
+def transitions(states, next_states, rewards, terminals):
+    """A batch with one-dimensional states."""
+    columns = [torch.tensor(x, dtype=torch.float32) for x in (states, next_states)]
+    rewards, terminals = (torch.tensor(x, dtype=torch.float32) for x in (rewards, terminals))
+    actions = torch.zeros(len(rewards), 1)
+    state, next_state = (x[:, None] for x in columns)
+    return dare_iql.TensorBatch(state, actions, rewards, next_state, terminals)
+
+
+def test_returns_end_where_an_episode_does(monkeypatch):
+    """Three episodes: one that terminates, one cut short, and one cut short after HORIZON steps."""
+    monkeypatch.setattr(exchange, "HORIZON", 3)
+    states = [0, 1, 10, 11, 20, 21, 22, 23]
+    next_states = [1, 2, 11, 12, 21, 22, 23, 24]
+    rows = transitions(states, next_states, [1, 2, 3, 4, 5, 6, 7, 8], [0, 1, 0, 0, 0, 0, 0, 0])
+    found = exchange.returns_to_go(rows, 0.5)
+    unknown = np.nan
+    expected = [1 + 2 / 2, 2, unknown, unknown, 5 + 6 / 2 + 7 / 4 + 8 / 8, 6 + 7 / 2 + 8 / 4]
+    np.testing.assert_allclose(found, [*expected, unknown, unknown])
+
+
+def test_two_steps_of_a_run_and_what_is_refused(tmp_path, monkeypatch, capsys):
+    settings = dict(data=DATA, device="cpu", n_episodes=1, n_support=2, n_support_states=20)
+    settings |= dict(behavior_iterations=5, behavior_batch_size=8, behavior_width=8)
+    settings |= dict(energy_hidden=8, energy_iterations=2, energy_batch_size=8, diffusion_steps=2)
+    settings |= dict(hidden_dim=8, batch_size=16, offline_iterations=2, log_freq=10)
+    settings |= dict(initial_collection_steps=30, eval_freq=100, wandb="disabled")
+    flags = ["--env", "hopper-medium-v2", "--runs_dir", str(tmp_path)]
+    flags += [x for key, value in settings.items() for x in (f"--{key}", str(value))]
+    table, picture = tmp_path / "rows.csv", tmp_path / "x.png"
+    monkeypatch.setattr(exchange, "N_ROWS", 200)
+
+    def report(name):
+        folder = tmp_path / name / "hopper-medium-v2" / "seed_0"
+        args = ["exchange.py", str(folder), "--csv", str(table), "--picture", str(picture)]
+        monkeypatch.setattr(sys, "argv", args)
+        exchange.main()
+        return read_rows(table)
+
+    with pytest.raises(SystemExit, match="has no config.yaml: name the folder of a run"):
+        report("dare_iql")
+    found = {}
+    for step in (60, 90):
+        dare_iql.main([*flags, "--online_iterations", str(step), "--name", "dare_iql"])
+        found[step] = report("dare_iql")
+        assert report("dare_iql") == found[step]  # the same step again takes its place
+    rows, first = found[90], found[60]
+    assert rows[: len(first)] == first and {row["step"] for row in rows} == {60, 90}
+    for step in (60, 90):
+        bins = [row for row in rows if row["step"] == step and "score" in row]
+        width = bins[1]["score"] - bins[0]["score"]
+        for half in ("offline", "online"):
+            assert 0.9 < sum(row[half] for row in bins) * width < 1.0 + 1e-4
+        groups = {row["group"]: row["n"] for row in rows if row["step"] == step and "group" in row}
+        assert set(groups) == {
+            f"{x}, {y}" for x in ("offline", "online") for y in ("kept", "moved")
+        }
+        assert 0 < sum(groups.values()) <= 400
+    assert picture.stat().st_size > 5_000
+    assert "step 90: online, moved: " in capsys.readouterr().out
+
+    text = table.read_text()
+    table.write_text(text.replace("hopper-medium-v2", "hopper-medium-replay-v2"))
+    with pytest.raises(SystemExit, match="rows.csv is of another run: name another file"):
+        report("dare_iql")
+    dare_iql.main([*flags, "--online_iterations", "60", "--exchange", "none", "--name", "none"])
+    with pytest.raises(SystemExit, match="is no run of dare_iql.py with an exchange"):
+        report("none")
