@@ -5,7 +5,8 @@ runs are there is written to --output; for every other one a line says what is m
 means over seeds with a 95% bootstrap band, not smoothed; the small print of a figure says how many
 seeds, on which data and at which sizes. Beyond the paper: `finetuning`; `differences-iql` and
 `differences-cql`, each method minus DARE seed by seed with t intervals; `sign`, the difference of
-both halves' mean scores.
+both halves' mean scores; `auc`, the probability that an offline row scores lower than an online
+one.
 """
 
 import argparse
@@ -30,6 +31,7 @@ AXES = {
     "score": "normalized score",
     "exchanged": "exchanged pairs M",
     "sign": "μ online − μ offline",
+    "auc": "AUC",
     "differences": "difference from ",
 }
 
@@ -50,7 +52,7 @@ def panels_of(plan: Experiment, records: list[Record]) -> dict:
             for method in plan.methods
         }
         runs = {method: found for method, found in runs.items() if found}
-        alone = plan.shows in ("exchanged", "sign")
+        alone = plan.shows in ("exchanged", "sign", "auc")
         if len(runs) < 2 - alone or (plan.shows == "differences" and plan.methods[-1] not in runs):
             continue
         panels[task] = runs
@@ -154,8 +156,8 @@ def draw_curves(plan: Experiment, panels: dict) -> Figure:
             label, color = METHODS[method].label, METHODS[method].color
             ax.fill_between(steps, *band, color=color, alpha=0.15, lw=0)
             (lines[label],) = ax.plot(steps, mean, color=color, label=label)
-        if plan.shows == "sign":
-            ax.axhline(0, color="0.4", lw=0.6, zorder=1)
+        if plan.shows in ("sign", "auc"):
+            ax.axhline(0 if plan.shows == "sign" else 0.5, color="0.4", lw=0.6, zorder=1)
         elif plan.shows == "exchanged":
             ax.set_ylim(bottom=0)
         ax.locator_params(nbins=4)

@@ -120,7 +120,7 @@ class Experiment:
     task_settings: dict = field(default_factory=dict)  # by task, over the others
     until: int = 200_000  # online step whose scores a table has
     sums: bool = False  # a table's rows are sums over the three robots
-    shows: str = "score"  # of figures: score, exchanged or sign; differences: from DARE
+    shows: str = "score"  # of figures: score, exchanged, sign or auc; differences: from DARE
 
     @property
     def methods(self) -> list[str]:
@@ -182,6 +182,9 @@ PICTURES = FIGURES | {
     "fig3-iql": _group("Gaussian or direct exchange", "dare_iql_direct dare_iql", TASKS),
     "sign": _group("Which half scores higher", "dare_cql|dare_iql_no_guidance dare_iql", TASKS,
                    shows="sign"),
+    "auc": _group("Do the scores tell the halves apart? 0.5: no",
+                  "dare_cql|dare_iql_no_guidance dare_iql_random dare_iql_resample dare_iql", TASKS,
+                  shows="auc"),
     "differences-iql": _group("Last-four mean minus that of DARE-I, by seed", _IQL, TASKS,
                               shows="differences"),
     "differences-cql": _group("Last-four mean minus that of DARE-C, by seed", _CQL, TASKS,

@@ -34,7 +34,7 @@ def record(method, env, seed, **settings):
     if METHODS[method].has_reference:
         train += [
             {"phase": "online", "step": x, "exchanged": base + x, "mu_offline": base,
-             "mu_online": x}
+             "mu_online": x, "auc": base / 100}
             for x in STEPS[1:]
         ]  # fmt: skip
     sizes = {"offline_iterations": 40, "online_iterations": 100, "eval_freq": 50}
@@ -79,6 +79,7 @@ def test_curves_are_means_over_seeds(name):
                 "score": [base, base + 5, base + 10],
                 "exchanged": [base + 50, base + 100],
                 "sign": [50 - base, 100 - base],
+                "auc": [base / 100, base / 100],
             }[plan.shows]
             line = lines_of(ax)[METHODS[method].label]
             np.testing.assert_allclose(line.get_ydata(), expected)
@@ -175,7 +176,7 @@ def test_main_draws_what_it_can(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert len(said) == len(PICTURES)
     drawn = sorted(x.name for x in (tmp_path / "out").iterdir())
-    assert drawn == [f"{x}.png" for x in ("differences-iql", "fig2", "fig7", "fig9", "sign")]
+    assert drawn == [f"{x}.png" for x in ("auc", "differences-iql", "fig2", "fig7", "fig9", "sign")]
     assert f"fig7: {tmp_path}/out/fig7.png, 1 of 9 tasks, without pex, edis_iql" in said
     assert "fig5: not drawn, needs runs of cql, cal_ql, edis_cql, dare_cql on one task" in said
     for path in (tmp_path / "out").iterdir():
