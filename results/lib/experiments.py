@@ -63,11 +63,10 @@ METHODS = {
     "dare_iql_resample": Method(
         "DARE-I, resampled reference", "#661100", "dare_iql", {"reference": "resample"}
     ),
-    "iql_small_rate": Method(
-        "IQL, policy rate 3e-5 online", "#555555", "iql", {"actor_lr": 0.00003}
-    ),
+    # The policy's learning rate online, a tenth of Table 5's.
+    "iql_small_rate": Method("IQL, 3e-5", "#555555", "iql", {"actor_lr": 0.00003}),
     "dare_iql_no_exchange_small_rate": Method(
-        "DARE-I, no exchange, policy rate 3e-5 online",
+        "DARE-I, no exchange, 3e-5",
         "#777777",
         "dare_iql",
         {"exchange": "none", "actor_lr": 0.00003},
