@@ -6,10 +6,11 @@ RUN_DIR is a run's folder, with its checkpoint.pt at any online step with update
 give the run a smaller --online_iterations, call this program, and go on with a larger one. Each
 call appends its rows to --csv and draws --picture from all rows there.
 
-2,500 rows of the data and 2,500 online ones are scored by the checkpoint's reference policy. Rows
-of the table: for each of 40 bins of the score the densities of both halves, and for the rows that
-the exchange moves and those that it leaves the mean Q, the discounted return that followed, and
-their number. Returns are of rows that an end follows, or 500 more steps of the episode.
+2,500 rows of the data and 2,500 online ones are scored by the checkpoint's reference policy. The
+table has the separation point and the share of rows exchanged; for each of 40 bins of the score the
+densities of both halves; and for the rows that the exchange moves and those that it leaves the mean
+Q, the discounted return that followed, and their number. Returns are of rows that an end follows,
+or 500 more steps of the episode.
 """
 
 import argparse
@@ -118,7 +119,7 @@ def rows_of(folder: Path) -> list[dict]:
     moved["online"][y.argsort()[: int(exchanged)]] = True
 
     base = {"env": config.env, "name": folder.parts[-3], "seed": config.seed, "step": step}
-    base["separation"] = separation.item()
+    base |= {"separation": separation.item(), "exchanged": exchanged.item() / N_ROWS}
     edges = np.linspace(0, torch.cat([x, y]).quantile(0.99).item(), N_BINS + 1)
     densities = [np.histogram(half, edges)[0] / N_ROWS / np.diff(edges) for half in (x, y)]
     rows = [
@@ -174,6 +175,7 @@ def main():
             sys.exit(f"error: {args.csv} is of another run: name another file")
         rows = [row for row in old if row["step"] != new[0]["step"]] + new
         write(args.csv, csv_text(rows))
+        print(f"step {new[0]['step']:,}: {100 * new[0]['exchanged']:.1f}% of each half exchanged")
         for row in (row for row in new if "q" in row):
             means = f"mean Q {row['q']:.1f}, return {row['return']:.1f}"
             print(f"step {row['step']:,}: {row['group']}: {row['n']} rows, {means}")
