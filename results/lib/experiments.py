@@ -193,8 +193,11 @@ PICTURES = FIGURES | {
 FINETUNING = Experiment(
     "Fine-tuning to its effect, with small networks",
     [
-        (f"iql pex {IQL_ABLATION} dare_iql_random dare_iql_resample", ["halfcheetah-medium-v2"]),
-        ("iql_small_rate dare_iql_no_exchange_small_rate", ["halfcheetah-medium-v2"]),
+        (methods, ["halfcheetah-medium-v2"])
+        for methods in (
+            f"iql pex {IQL_ABLATION} dare_iql_resample",  # in the picture
+            "dare_iql_random iql_small_rate dare_iql_no_exchange_small_rate",
+        )
     ],
     configs={
         "iql": "results/finetuning.yaml",
