@@ -61,13 +61,14 @@ def restored(folder: Path):
     """
     if not (folder / "config.yaml").exists():
         sys.exit(f"error: {folder} has no config.yaml: name the folder of a run")
-    flags = ["--config_path", str(folder / "config.yaml"), "--device", "cpu"]
-    flags += ["--precision", "fp32", "--compile", "false", "--runs_dir", str(folder.parents[2])]
-    config = parse(dare_iql.TrainConfig, flags)
     with contents_of(folder / "checkpoint.pt"):
         state = load(folder / "checkpoint.pt")
-    if state["settings"]["script"] != "dare_iql" or config.exchange == "none":
+        settings = state["settings"]
+    if settings["script"] != "dare_iql" or settings["exchange"] == "none":
         sys.exit(f"error: {folder} is no run of dare_iql.py with an exchange")
+    flags = ["--config_path", str(folder / "config.yaml"), "--device", "cpu"]
+    flags += ["--compile", "false", "--runs_dir", str(folder.parents[2])]
+    config = parse(dare_iql.TrainConfig, flags)
     if state["phase"] != "online" or state["step"] <= config.initial_collection_steps:
         sys.exit(f"error: {folder} has no updates online yet: let it go on")
     torch.set_num_threads(config.threads)
@@ -95,7 +96,8 @@ def scores_of(config, sampler, rows, index, half: str) -> torch.Tensor:
     none, found = index[:0], []
     for part in index.split(BATCH):
         of_half = (part, none) if half == "offline" else (none, part)
-        references = sampler.sample(rows.observations[part], *of_half)
+        with torch.autocast("cpu", torch.bfloat16, config.precision == "bf16"):
+            references = sampler.sample(rows.observations[part], *of_half)
         found.append(dare_iql.alignment_score(rows.actions[part], references, config.align))
     return torch.cat(found)
 
@@ -113,10 +115,17 @@ def rows_of(folder: Path) -> list[dict]:
     index["online"] = torch.randint(n_online, (N_ROWS,))
     halves = {"offline": data, "online": online}
     x, y = (scores_of(config, sampler, halves[k], index[k], k) for k in halves)
-    exchanged, separation = dare_iql.count_misplaced(x, y)
-    moved = {"offline": torch.zeros(N_ROWS, dtype=bool), "online": torch.zeros(N_ROWS, dtype=bool)}
-    moved["offline"][x.argsort(descending=True)[: int(exchanged)]] = True
-    moved["online"][y.argsort()[: int(exchanged)]] = True
+    # The row numbers take the places of a batch's columns, and say afterwards which rows moved.
+    numbers = torch.arange(2 * N_ROWS)
+    batches = [dare_iql.TensorBatch(*[part] * 5) for part in numbers.split(N_ROWS)]
+    if config.exchange == "direct":
+        first, _, exchanged, separation = dare_iql.direct_exchange(*batches, x, y)
+    else:
+        cap = config.max_exchange * N_ROWS / config.n_offline
+        rule = cap, config.exchange == "random"
+        first, _, exchanged, separation = dare_iql.exchange(*batches, x, y, *rule)
+    is_offline = torch.isin(numbers, first.rewards)
+    moved = {"offline": ~is_offline[:N_ROWS], "online": is_offline[N_ROWS:]}
 
     base = {"env": config.env, "name": folder.parts[-3], "seed": config.seed, "step": step}
     base |= {"separation": separation.item(), "exchanged": exchanged.item() / N_ROWS}

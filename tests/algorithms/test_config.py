@@ -1,6 +1,7 @@
 """Settings: the paper's tables by task, who overrides whom, and one line for what is impossible."""
 
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import d4rl_gymnasium as d4rl
 import dare_iql
 import iql
 import pex
+from d4rl_gymnasium import runs
 
 ENVS_OF_THE_PAPER = """
     walker2d-medium-expert-v2 halfcheetah-medium-expert-v2 hopper-medium-expert-v2
@@ -150,7 +152,7 @@ def test_every_offline_setting_of_an_agent_is_compared(script):
 
 
 def parse(monkeypatch, script, *args):
-    """What main() trains with; a parser costs about a second, so few tests have it."""
+    """What main() trains with."""
     configs = []
     monkeypatch.setattr(script, "train", configs.append)
     script.main(list(args))
@@ -365,6 +367,19 @@ def test_every_setting_says_in_words_what_it_does(script):
     for name, comment in commented_fields(script).items():
         if name not in ("device", "project"):
             assert re.search(r"[a-z]{2,}", comment), name
+
+
+def test_the_source_is_read_once_and_not_for_every_setting(monkeypatch):
+    read, findsource = [], inspect.findsource
+
+    def reading(what):
+        source = findsource(what)
+        read.append(what)
+        return source
+
+    monkeypatch.setattr(inspect, "findsource", reading)
+    assert type(runs.parse(dare_iql.TrainConfig, [])) is dare_iql.TrainConfig
+    assert read == [dare_iql.TrainConfig]
 
 
 def test_help_shows_every_field_with_its_comment(monkeypatch):
