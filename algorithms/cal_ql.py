@@ -492,9 +492,12 @@ class CalQL:
         return {**state, "total_it": self.total_it.item(), "online": self.online}
 
     def load_state_dict(self, state: dict):
-        """Inverse of state_dict."""
+        """Inverse of state_dict; the learning rates stay those of the settings."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
         self.total_it.fill_(state["total_it"])
         self.online = state["online"]
 

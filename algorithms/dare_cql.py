@@ -118,7 +118,7 @@ class TrainConfig:
     behavior_lr: float = 1e-4  # its learning rate, App. B.5
     behavior_lr_decay: bool = False  # warm-up and cosine decay of it (fast_behavior.yaml)
     behavior_width: int = 512  # units of its widest layer (CEP)
-    n_support: int = None  # K, support actions per state of Eq. 34, App. B.5
+    n_support: int = None  # K, support actions per state of Eq. 34 (CEP)
     n_support_states: int = 0  # dataset states that get support actions; 0 (and resample) is all
     energy_hidden: int = 256  # units of a hidden layer of f_phi, App. B.5
     energy_beta: float = 3.0  # beta_E of Eq. 34 (CEP)
@@ -550,9 +550,12 @@ class CalQL:
         return {**state, "total_it": self.total_it.item(), "online": self.online}
 
     def load_state_dict(self, state: dict):
-        """Inverse of state_dict."""
+        """Inverse of state_dict; the learning rates stay those of the settings."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
         self.total_it.fill_(state["total_it"])
         self.online = state["online"]
 

@@ -105,7 +105,7 @@ class TrainConfig:
     behavior_lr: float = 1e-4  # its learning rate, App. B.5
     behavior_lr_decay: bool = False  # warm-up and cosine decay of it (fast_behavior.yaml)
     behavior_width: int = 512  # units of its widest layer (CEP)
-    n_support: int = None  # K, support actions per state of Eq. 34, App. B.5
+    n_support: int = None  # K, support actions per state of Eq. 34 (CEP)
     n_support_states: int = 0  # dataset states that get support actions; 0 (and resample) is all
     energy_hidden: int = 256  # units of a hidden layer of f_phi, App. B.5
     energy_beta: float = 3.0  # beta_E of Eq. 34 (CEP)
@@ -418,15 +418,15 @@ class ImplicitQLearning:
         adv = target_q - v
         value_loss, q_loss = self.value_loss(adv), self.q_loss(batch, next_v)
         actor_loss = self.policy_loss(batch, adv.detach())
+        if not self.online:  # cosine decay (IQL's authors)
+            progress = self.total_it.double() / max(1, self.config.offline_iterations)
+            self.actor_lr.fill_(self.config.actor_lr * 0.5 * (1 + torch.cos(math.pi * progress)))
         # They share no parameter: the gradient of their sum is that of each.
         self.optimizer.zero_grad(set_to_none=True)
         (value_loss + q_loss + actor_loss).backward()
         self.optimizer.step()
         soft_update(self.q_target, self.qf, self.config.tau)
         self.total_it += 1
-        if not self.online:  # cosine decay (IQL's authors)
-            progress = self.total_it.double() / max(1, self.config.offline_iterations)
-            self.actor_lr.fill_(self.config.actor_lr * 0.5 * (1 + torch.cos(math.pi * progress)))
         log_dict = {"value_loss": value_loss, "q_loss": q_loss, "actor_loss": actor_loss}
         log_dict |= {"q": target_q.mean(), "v": v.mean(), "advantage": adv.mean()}
         return {name: x.detach() for name, x in log_dict.items()}
@@ -450,13 +450,14 @@ class ImplicitQLearning:
         return {**state, "total_it": self.total_it.item(), "online": self.online}
 
     def load_state_dict(self, state: dict):
-        """Inverse of state_dict."""
+        """Inverse of state_dict; the learning rates stay those of the settings."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
         self.total_it.fill_(state["total_it"])
         self.online = state["online"]
-        self.actor_lr.copy_(self.optimizer.param_groups[-1]["lr"])
-        self.optimizer.param_groups[-1]["lr"] = self.actor_lr
 
 
 # --- Alignment and exchange (DARE) ---

@@ -343,15 +343,15 @@ class ImplicitQLearning:
         adv = target_q - v
         value_loss, q_loss = self.value_loss(adv), self.q_loss(batch, next_v)
         actor_loss = self.policy_loss(batch, adv.detach())
+        if not self.online:  # cosine decay (IQL's authors)
+            progress = self.total_it.double() / max(1, self.config.offline_iterations)
+            self.actor_lr.fill_(self.config.actor_lr * 0.5 * (1 + torch.cos(math.pi * progress)))
         # They share no parameter: the gradient of their sum is that of each.
         self.optimizer.zero_grad(set_to_none=True)
         (value_loss + q_loss + actor_loss).backward()
         self.optimizer.step()
         soft_update(self.q_target, self.qf, self.config.tau)
         self.total_it += 1
-        if not self.online:  # cosine decay (IQL's authors)
-            progress = self.total_it.double() / max(1, self.config.offline_iterations)
-            self.actor_lr.fill_(self.config.actor_lr * 0.5 * (1 + torch.cos(math.pi * progress)))
         log_dict = {"value_loss": value_loss, "q_loss": q_loss, "actor_loss": actor_loss}
         log_dict |= {"q": target_q.mean(), "v": v.mean(), "advantage": adv.mean()}
         return {name: x.detach() for name, x in log_dict.items()}
@@ -375,13 +375,14 @@ class ImplicitQLearning:
         return {**state, "total_it": self.total_it.item(), "online": self.online}
 
     def load_state_dict(self, state: dict):
-        """Inverse of state_dict."""
+        """Inverse of state_dict; the learning rates stay those of the settings."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
         self.total_it.fill_(state["total_it"])
         self.online = state["online"]
-        self.actor_lr.copy_(self.optimizer.param_groups[-1]["lr"])
-        self.optimizer.param_groups[-1]["lr"] = self.actor_lr
 
 
 # --- Run directory, precision and CUDA graphs: nothing of the algorithm from here to train() ---

@@ -262,8 +262,8 @@ def test_actor_lr_decays_offline_only(batch):
     rates = []
     for _ in range(4):
         agent.train(batch)
-        rates.append(agent.optimizer.param_groups[-1]["lr"].item())
-    expected = [3e-4 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3, 4)]
+        rates.append(agent.optimizer.param_groups[-1]["lr"].item())  # of this update
+    expected = [3e-4 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in (0, 1, 2, 3)]
     np.testing.assert_allclose(rates, expected, rtol=1e-7, atol=1e-12)
     agent.start_online()
     agent.train(batch)

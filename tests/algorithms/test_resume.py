@@ -169,6 +169,18 @@ def test_a_finished_run_goes_on_when_it_gets_more_steps(group, finished, cached_
     assert_same_end(path, finished)
 
 
+def test_learning_rates_are_those_of_the_settings_not_of_the_agent(group, baseline, tmp_path):
+    for script in (group.baseline, group.dare):
+        rate = "policy_lr" if hasattr(script, "CalQL") else "actor_lr"
+        settings = {"load_model": str(baseline / "offline.pt"), "qf_lr": 0.002, rate: 0.003}
+        if script is group.dare:
+            settings["exchange"] = "none"
+        path = run(script, tmp_path, **settings, online_iterations=120)
+        groups = checkpoint(path)["trainer"]["optimizer"]["param_groups"]
+        rates = [float(x["lr"]) for x in (groups[0], groups[-1])]
+        assert rates == pytest.approx([0.002, 0.003])
+
+
 def test_fine_tuning_from_offline_pt_equals_the_uninterrupted_run(
     group, finished, baseline, cached_runs
 ):

@@ -221,6 +221,40 @@ def test_guided_samples_follow_the_tilted_density(name, direction, scale, monkey
     assert energy_distance_ratio(samples, mixture.spread_sample(POINTS)) > 100
 
 
+class CurvedEnergy:
+    """The exact E_t of a standard normal behavior and the energy -curvature / 2 a_0^2."""
+
+    def __init__(self, curvature):
+        self.curvature = curvature
+
+    def embed_states(self, states):
+        return states
+
+    def gradient(self, actions_t, embedded_states, t):
+        alpha, sigma = alpha_sigma(t)
+        return -self.curvature * alpha**2 / (1 + self.curvature * sigma**2) * actions_t
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 8.0])
+def test_a_guidance_scale_above_one_is_narrower_than_the_scaled_energy(scale, monkeypatch):
+    # Along the exact path log a changes by s / 2 log(1 + curvature): a variance of 4^-s here.
+    normal = Mixture([1.0], [[0.0]], [1.0])
+    noise = spread_normal(POINTS, 1)
+    monkeypatch.setattr(torch, "randn", lambda shape, **_: noise.reshape(shape))
+    samples = sample_actions(
+        ExactBehavior(normal),
+        torch.zeros(POINTS, 1, dtype=torch.float64),
+        energy=CurvedEnergy(3.0),
+        guidance_scale=scale,
+        steps=200,
+        max_action=None,
+    )
+    assert samples.var().item() == pytest.approx(4**-scale, rel=0.05)
+    weights = (-1.5 * scale * noise**2).exp()  # resampling: the behavior times exp(s Q)
+    resampled = ((weights * noise**2).sum() / weights.sum()).item()
+    assert resampled == pytest.approx(1 / (1 + 3 * scale), rel=0.01)
+
+
 def test_bounds_keep_steep_guidance_on_the_data():
     # An energy that does not fade with the noise, as an imperfect network's: it moves the clean
     # action at t = 1 by scale / alpha, 450, and all samples to a corner unless bounds hold them.
