@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import d4rl_gymnasium as d4rl
-from d4rl_gymnasium.files import contents_of, load, save, save_figure, write
+from d4rl_gymnasium.files import contents_of, digest, load, save, save_figure, write
 from d4rl_gymnasium.runs import HIGHEST, check_name, errors_in_one_line, parse, wandb_init
 from diffusion import alpha_sigma, perturb, solve  # EDIS
 from diffusion.process import T_MAX, T_MIN
@@ -132,13 +132,13 @@ class TrainConfig:
     def __post_init__(self):
         """Fill in what differs by task, and refuse impossible values."""
         family = d4rl.task(self.env).family  # an unknown task is a ValueError with the nearest ones
-        for key, value in {**PRESETS[family], **PRESETS.get(self.env, {})}.items():
-            if getattr(self, key) is None:
-                setattr(self, key, value)
+        presets = {**PRESETS[family], **PRESETS.get(self.env, {})}
         for key, value in vars(self).items():
+            if value is None:
+                setattr(self, key, value := presets.get(key))
             low, high = LOWEST.get(key, 0), 1 if key in AT_MOST_1 else HIGHEST.get(key, 10**9)
             low = -high if key in MAY_BE_NEGATIVE else low
-            if isinstance(value, (int, float)) and not low <= value <= high:
+            if value is None or isinstance(value, (int, float)) and not low <= value <= high:
                 raise ValueError(f"--{key} must be from {low} to {high}, not {value}")
             if key in CHOICES and value not in CHOICES[key]:
                 raise ValueError(f"--{key} must be one of {', '.join(CHOICES[key])}, not {value}")
@@ -772,6 +772,7 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock", timeout=0)
         self.checkpoint = {"phase": "offline", "rows": {}, "sums": {}, "n_sums": 0, "wandb": None}
+        self.source = digest(__file__)  # to say when a run goes on with an edited script
         self.n_steps = 0  # since the last row of train.csv
         self.clock = self.last_save = time.perf_counter()
 
@@ -847,7 +848,7 @@ class Run:
         cuda_rng = torch.cuda.get_rng_state() if self.config.device == "cuda" else None
         state = {"settings": self.settings, "phase": phase, "step": step, "rows": self.rows}
         state |= {"sums": self.sums, "n_sums": self.n_sums, "wandb": self.wandb.id}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "source": self.source}
         state |= {name: part.state_dict() for name, part in parts.items()}
         save(self.dir / "checkpoint.pt", state)
         self.last_save = time.perf_counter()
@@ -863,7 +864,8 @@ class Run:
             torch.set_rng_state(state["rng"])
             if self.config.device == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"])
-        print(f"going on with {self.dir} from {phase} step {state['step']:,}", flush=True)
+        edited = ", with an edited script" if state.get("source") != self.source else ""
+        print(f"going on with {self.dir} from {phase} step {state['step']:,}{edited}", flush=True)
         return state["step"]
 
     def plot(self):
@@ -1014,7 +1016,7 @@ def train(config: TrainConfig):
             run.after_step("online", step + 1, last, parts, evaluate)
         scores = [r["d4rl_normalized_score"] for r in run.rows["eval"] if r["phase"] == "online"]
         print(f"score before fine-tuning {scores[0]:.1f}, mean of the last four evaluations "
-              f"{np.mean(scores[-4:]):.1f}\ncurve: {run.dir / 'curve.png'}")  # fmt: skip
+              f"{np.mean(scores[1:][-4:] or scores):.1f}\ncurve: {run.dir}/curve.png")  # fmt: skip
 
 
 def main(args: list[str] | None = None):

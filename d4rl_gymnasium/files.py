@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and read only if they are intact."""
 
+import hashlib
 import io
 import os
 import zipfile
@@ -74,6 +75,11 @@ def load(path: Path) -> dict:
             ) from error
 
 
+def digest(path: str | Path) -> str:
+    """What tells a file's text from another's: the first 12 digits of its SHA-256."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
 @contextmanager
 def contents_of(path: Path):
     """Inside of it, what a file holds is used: what is missing or does not fit is its fault.
@@ -85,10 +91,12 @@ def contents_of(path: Path):
         yield
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        reason = (missing or type(error).__name__).splitlines()[0].strip()
+        # torch says which weights do not fit in its second line.
+        lines = (missing or type(error).__name__).splitlines()[:2]
+        reason = " ".join(line.strip() for line in lines)
         raise DamagedFileError(
-            f"{path} is of another version, or no such file ({reason}): put the right one there, "
-            "or move it away to start afresh"
+            f"{path} does not hold what this version reads there ({reason}): put the right one "
+            "there, or move it away to start afresh"
         ) from error
 
 

@@ -118,7 +118,7 @@ def test_a_checkpoint_that_cannot_be_is_refused(group, stopped, change, reason):
         message = refused(group, stopped)
     finally:
         file.write_bytes(intact)
-    assert message.startswith(f"error: {file} is of another version, or no such file (")
+    assert message.startswith(f"error: {file} does not hold what this version reads there (")
     assert reason in message
 
 

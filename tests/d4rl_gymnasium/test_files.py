@@ -98,7 +98,7 @@ def test_contents_that_do_not_fit_are_the_fault_of_the_file(file, use, reason):
     with pytest.raises(DamagedFileError) as error, contents_of(file):
         use(load(file))
     message = str(error.value)
-    assert message.startswith(f"{file} is of another version, or no such file (")
+    assert message.startswith(f"{file} does not hold what this version reads there (")
     assert reason in message and "\n" not in message and "move it away" in message
 
 

@@ -82,7 +82,7 @@ def test_a_cached_file_that_holds_something_else_is_refused(tmp_path, data):
     sampler_of(tmp_path, data)
     for file in tmp_path.glob("cache/*.pt"):
         save(file, {"behavior": {}, "rows": torch.zeros(3)})
-        with pytest.raises(DamagedFileError, match=f"{file.name} is of another version"):
+        with pytest.raises(DamagedFileError, match=f"{file.name} does not hold what"):
             sampler_of(tmp_path, data)
         file.unlink()
 

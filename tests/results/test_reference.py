@@ -59,7 +59,7 @@ def test_a_row_for_each_policy(monkeypatch, tmp_path):
     (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
     for path, flag, said in [
         (tmp_path / "foreign.csv", [], "foreign.csv has other columns"),
-        (table, ["--hidden_dim", "9"], "offline.pt is of another version, or no such file"),
+        (table, ["--hidden_dim", "9"], "offline.pt does not hold what this version reads there"),
     ]:
         command[3] = str(path)
         monkeypatch.setattr(sys, "argv", [*command, "--env", "hopper-medium-v2", *flags, *flag])
