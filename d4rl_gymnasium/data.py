@@ -175,7 +175,11 @@ def check_layout(arrays, known, source):
     """
     missing = [key for key in REQUIRED_KEYS if arrays.get(key) is None]
     if missing:
-        raise DatasetError(f"{source} has no {', '.join(missing)}: it is not in D4RL's format")
+        there = ", ".join(key for key, array in arrays.items() if array is not None)
+        raise DatasetError(
+            f"{source} has no {', '.join(missing)}: it is not in D4RL's format (of the arrays "
+            f"looked for it has {there or 'none'})"
+        )
     n = (arrays["observations"].shape or (0,))[0]
     observations, actions = (n, known.observation_dim), (n, known.action_dim)
     shapes = {
@@ -186,9 +190,13 @@ def check_layout(arrays, known, source):
         if array is None:
             continue
         if array.shape != shape and (key in shapes or array.shape != (n, 1)):
+            same = array.shape[:1] == (n,)
+            cure = (
+                "use a file of this task" if same else "use one whose arrays have equally many rows"
+            )
             raise DatasetError(
                 f"{source}: {key} have shape {array.shape}, {known.env_id} with {n:,} observations "
-                f"needs {shape}: use a file of this task"
+                f"needs {shape}: {cure}"
             )
         if array.dtype.kind not in hdf5.NUMBERS:
             raise DatasetError(f"{source}: {key} are no numbers: it is not in D4RL's format")
@@ -202,8 +210,12 @@ def check_values(arrays, source):
     for key in ("observations", "next_observations", "actions", "rewards"):
         if key not in arrays:
             continue
-        if not np.isfinite(arrays[key]).all():
-            raise DatasetError(f"{source}: {key} hold NaN or infinite values: use an intact file")
+        if not (finite := np.isfinite(arrays[key])).all():
+            rows = np.unique(np.argwhere(~finite)[:, 0])
+            raise DatasetError(
+                f"{source}: {key} hold NaN or infinite values in {len(rows):,} of {len(finite):,} "
+                f"rows, the first is {rows[0]:,}: use an intact file"
+            )
         with np.errstate(over="ignore"):
             in_float32 = arrays[key].astype(np.float32, copy=False)
         if not np.isfinite(in_float32).all():

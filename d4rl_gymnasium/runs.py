@@ -96,7 +96,7 @@ def parse(config_class: type, args: list[str] | None = None):
     parser = parser_of(config_class)
     args = _quoted(sys.argv[1:] if args is None else args, config_class)
     try:
-        _check_file(args)
+        _check_file(args, config_class)
         return parser.parse_args(args)
     except Exception as error:
         sys.exit(f"error: {one_line(error)}")
@@ -140,8 +140,8 @@ class _NoKeyTwice(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _check_file(args):
-    """Refuse a --config_path that is not one plain value for each of some settings."""
+def _check_file(args, config_class):
+    """Refuse a --config_path that is not one plain value for each of some settings of the class."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config_path")
     path = parser.parse_known_args(args)[0].config_path
@@ -155,6 +155,10 @@ def _check_file(args):
         for key, value in settings.items():
             if not isinstance(value, (str, int, float)):
                 raise ValueError(f"{key} needs one plain value")
+        fields = {field.name for field in dataclasses.fields(config_class)}
+        if unknown := [str(key) for key in settings if key not in fields]:
+            script = os.path.basename(sys.argv[0])
+            raise ValueError(f"{', '.join(unknown)}: no settings of {script}, see --help")
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
 

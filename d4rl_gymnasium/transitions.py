@@ -17,7 +17,7 @@ def qlearning_dataset(
 
     Unlike in D4RL, the `next_observations` of a file are used where those of the next rows are
     others within an episode, as in a file whose rows were shuffled: all of its rows are then
-    transitions. A line says so.
+    transitions. A line says so, as it does where the data has no timeouts.
 
     Args:
         env_or_id: as in `get_dataset`. Where the data has no timeouts, the episode limit of the
@@ -43,7 +43,14 @@ def qlearning_dataset(
     else:
         dataset = checked(dataset, task_of(env_or_id), source)
     terminals = dataset["terminals"].astype(bool)
-    timeouts = timeouts_of(dataset, _episode_limit(env_or_id))
+    limit = _episode_limit(env_or_id)
+    timeouts = timeouts_of(dataset, limit)
+    if "timeouts" not in dataset:
+        print(
+            f"data: {source} has no timeouts: an episode without a terminal is taken to end after "
+            f"{limit:,} steps",
+            flush=True,
+        )
     observations = dataset["observations"].astype(np.float32, copy=False)
     rows = np.flatnonzero(terminate_on_end | ~timeouts)
     rows = rows[rows < len(terminals) - 1]  # the last row has no next one

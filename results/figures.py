@@ -34,6 +34,7 @@ AXES = {
     "auc": "AUC",
     "differences": "difference from ",
 }
+ALONE = ("exchanged", "sign", "auc")  # drawn of one method, where others need two to compare
 
 
 # --- What is drawn ---
@@ -52,7 +53,7 @@ def panels_of(plan: Experiment, records: list[Record]) -> dict:
             for method in plan.methods
         }
         runs = {method: found for method, found in runs.items() if found}
-        alone = plan.shows in ("exchanged", "sign", "auc")
+        alone = plan.shows in ALONE
         if len(runs) < 2 - alone or (plan.shows == "differences" and plan.methods[-1] not in runs):
             continue
         panels[task] = runs
@@ -117,7 +118,8 @@ def caption(plan: Experiment, panels: dict) -> str:
         who += f"{', '.join(sorted(tasks[sizes]))}: "
         parts.append(who * (len(tasks) > 1) + sizes)
     interval = "t interval" if plan.shows == "differences" else "bootstrap interval"
-    return f"{plan.title}. Mean and 95% {interval}; {'; '.join(parts)}."
+    mean = f"Mean and 95% {interval}; " if max(counts) > 1 else ""
+    return f"{plan.title}. {mean}{'; '.join(parts)}."
 
 
 # --- Drawing ---
@@ -207,7 +209,8 @@ def draw(name: str, records: list[Record]) -> tuple[Figure, str]:
     """
     plan = PICTURES[name]
     if not (panels := panels_of(plan, records)):
-        raise ValueError(f"needs runs of {', '.join(plan.methods)} on one task")
+        two = "" if plan.shows in ALONE else "two of "
+        raise ValueError(f"needs runs of {two}{', '.join(plan.methods)} on one task")
     figure = (draw_differences if plan.shows == "differences" else draw_curves)(plan, panels)
     absent = [m for m in plan.methods if not any(m in runs for runs in panels.values())]
     tasks = f"{len(panels)} of {len(plan.tasks)} tasks"

@@ -155,6 +155,11 @@ def sampler_run(name: str, env: str, experiment: Experiment, options: dict) -> R
     return make_run(f"{PREPARING}{name}", method, env, 0, experiment, options, **less)
 
 
+def has_reference(method: Method) -> bool:
+    """Whether it needs a behavior model."""
+    return "reference" in fields_of(method.script) and method.settings.get("exchange") != "none"
+
+
 def check_agent(run: Run, agent: Run):
     """Refuse a run that would refuse the agent, before hours have gone into that.
 
@@ -204,7 +209,7 @@ def plan(names: list[str], options: dict, methods=None, tasks=None, seeds=None) 
             check_options(name, options)
             agent = add(agent_run(method, env, seed, experiment, options))
             needs = [agent]
-            if method.has_reference:
+            if has_reference(method):
                 sampler = sampler_run(name, env, experiment, options)
                 if sampler.directory not in runs:
                     # After the one before, which makes what they have in common.

@@ -155,7 +155,7 @@ def paper_table(runs: dict, name: str, paper: bool = False) -> list[Table]:
 
 AGAINST = {  # heading: the method that others are compared with, or None
     "minus baseline": lambda name: method_of(name).baseline,
-    "minus DARE": lambda name: script if (script := method_of(name).script)[:4] == "dare" else None,
+    "minus DARE": lambda name: method_of(name).dare,
 }
 
 

@@ -14,6 +14,13 @@ TASKS = LOCOMOTION | ANTMAZE
 NO_EXPERT = list(LOCOMOTION)[3:]  # tasks of Tables 3 and 10
 
 
+# What a script's scores are compared with, and whose offline agent it starts from; and the method
+# that variants of DARE are compared with as well. Name your own script here.
+BASELINES = dict.fromkeys(("iql", "pex", "edis_iql", "dare_iql"), "iql")
+BASELINES |= dict.fromkeys(("cal_ql", "edis_cql", "dare_cql"), "cal_ql")
+DARES = {"dare_iql": "dare_iql", "dare_cql": "dare_cql"}
+
+
 @dataclass(frozen=True)
 class Method:
     """What a run of this name is: a script with settings."""
@@ -26,19 +33,17 @@ class Method:
     @property
     def baseline(self) -> str | None:
         """What the method's scores are compared with."""
-        if self.script in ("cal_ql", "edis_cql", "dare_cql"):
-            return "cal_ql"
-        return "iql" if self.script in ("iql", "pex", "edis_iql", "dare_iql") else None
+        return BASELINES.get(self.script)
+
+    @property
+    def dare(self) -> str | None:
+        """What a variant's scores are compared with as well."""
+        return DARES.get(self.script)
 
     @property
     def agent(self) -> str:
         """The method whose offline agent fine-tuning starts from."""
         return "cql" if "calibrated" in self.settings else self.baseline
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether it needs a behavior model."""
-        return self.script.startswith("dare") and self.settings.get("exchange") != "none"
 
 
 UTD10 = {"utd": 10, "online_iterations": 100_000}

@@ -34,11 +34,12 @@ class Cell:
 
 
 def summary(values, sizes: str, digits: int = 1) -> Cell | None:
-    """Mean and standard deviation over runs; None where there are none."""
+    """Mean over runs, with the standard deviation of several; None where there are none."""
     values = np.array(values, float)
     if not len(values):
         return None
-    return Cell(float(values.mean()), float(values.std()), len(values), None, sizes, digits)
+    std = float(values.std()) if len(values) > 1 else None
+    return Cell(float(values.mean()), std, len(values), None, sizes, digits)
 
 
 def difference(values, sizes: str) -> Cell | None:
