@@ -157,7 +157,7 @@ def _check_file(args, config_class):
                 raise ValueError(f"{key} needs one plain value")
         fields = {field.name for field in dataclasses.fields(config_class)}
         if unknown := [str(key) for key in settings if key not in fields]:
-            script = os.path.basename(sys.argv[0])
+            script = os.path.basename(inspect.getfile(config_class))
             raise ValueError(f"{', '.join(unknown)}: no settings of {script}, see --help")
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error

@@ -260,6 +260,13 @@ def test_what_is_no_text_file_ends_in_one_line(capsys, monkeypatch, tmp_path, na
     assert str(file) in message or name == "bytes.yaml"
 
 
+def test_a_configuration_file_of_another_script_is_refused(capsys, monkeypatch):
+    file = Path(__file__).parents[2] / "quickstart.yaml"
+    message, _ = end_of(capsys, monkeypatch, iql, "--config_path", str(file))
+    assert message.startswith(f"error: {file}: diffusion_steps, behavior_iterations")
+    assert message.endswith("energy_batch_size: no settings of iql.py, see --help")
+
+
 # --- Impossible values, whoever makes the settings ---
 
 IMPOSSIBLE = {
@@ -325,6 +332,14 @@ def test_impossible_values(script, changed, parts):
 )
 def test_impossible_values_of_dare(dare, changed, parts):
     assert_refused(dare, changed, parts)
+
+
+@pytest.mark.parametrize("script", list(SETTINGS), ids=lambda script: script.__name__)
+def test_a_setting_without_a_value_for_the_task_is_refused(monkeypatch, script):
+    for presets in script.PRESETS.values():
+        monkeypatch.delitem(presets, "n_episodes", raising=False)
+    assert_refused(script, {}, ["--n_episodes", "not None"])
+    assert script.TrainConfig(n_episodes=3).n_episodes == 3
 
 
 @pytest.mark.parametrize("script", list(SETTINGS), ids=lambda script: script.__name__)

@@ -114,6 +114,15 @@ def test_a_run_that_is_interrupted_wherever_it_may_be_ends_as_if_it_had_not_been
     assert_same_end(path, finished)
 
 
+def test_going_on_with_an_edited_script_is_said(monkeypatch, tmp_path, capsys):
+    run(iql, tmp_path, offline_iterations=50, online_iterations=0)
+    run(iql, tmp_path, offline_iterations=50, online_iterations=70)
+    assert "from online step 0\n" in capsys.readouterr().out
+    monkeypatch.setattr(iql, "digest", lambda path: "of another text")
+    run(iql, tmp_path, offline_iterations=50, online_iterations=80)
+    assert "from online step 70, with an edited script\n" in capsys.readouterr().out
+
+
 def test_a_run_that_is_stopped_after_its_first_evaluation_does_not_evaluate_again(
     monkeypatch, group, baseline, tmp_path
 ):

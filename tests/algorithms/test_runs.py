@@ -194,6 +194,16 @@ def test_direct_exchange_without_guidance_is_another_run(group, finished, cached
     assert all(row[k] != other[k] for k in [*group.columns, "separation"])
 
 
+def test_halves_of_other_sizes_are_no_exchange(monkeypatch, group, finished, cached_runs):
+    def one_way(offline_batch, online_batch, *rest):
+        batches = offline_batch, type(online_batch)(*(x[:-1] for x in online_batch))
+        return *batches[::-1], torch.ones(()), torch.zeros(())
+
+    monkeypatch.setattr(group.dare, "exchange", one_way)
+    with pytest.raises(AssertionError):
+        run(group.dare, cached_runs)
+
+
 def test_resampled_reference_actions(group, finished, cached_runs, capsys):
     """No energy network is trained; support actions of all states, also online."""
     path = run(group.dare, cached_runs, reference="resample", checkpoint_freq=150)

@@ -109,13 +109,16 @@ def test_transitions_are_those_of_d4rl_to_the_last_bit(terminate_on_end):
     assert digests(result) == RECORDED[f"terminate_on_end_{terminate_on_end}"]
 
 
-def test_transitions_without_timeouts_are_those_of_d4rl(tmp_path):
+def test_transitions_without_timeouts_are_those_of_d4rl(tmp_path, capsys):
     path = tmp_path / "old.hdf5"
     shutil.copy(SAMPLE, path)
     with h5py.File(path, "a") as file:
         del file["timeouts"]
     env = gymnasium.make(HOPPER, max_episode_steps=30)
     assert digests(d4rl.qlearning_dataset(env, data=path)) == RECORDED["no_timeouts_key_30"]
+    assert "no timeouts: an episode without a terminal is taken to end after 30 steps" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_given_dataset_replaces_the_file():
@@ -203,7 +206,7 @@ def test_the_shapes_are_those_of_the_environments(robot):
 
 # Each fault: changes to a good file, then what the message has to say.
 FAULTS = {
-    "missing key": ({"actions": None}, "no actions"),
+    "missing key": ({"actions": None}, r"no actions.*it has observations, rewards, terminals"),
     "two missing keys": ({"actions": None, "rewards": None}, "no actions, rewards"),
     "observations of another robot": (
         {"observations": np.zeros((20, 17), np.float32)},
@@ -213,12 +216,18 @@ FAULTS = {
         {"actions": np.zeros((20, 6), np.float32)},
         r"actions have shape \(20, 6\).*needs \(20, 3\)",
     ),
-    "rewards too short": ({"rewards": np.zeros(19)}, r"rewards have shape \(19,\)"),
+    "rewards too short": (
+        {"rewards": np.zeros(19)},
+        r"rewards have shape \(19,\).*equally many rows",
+    ),
     "terminals too long": ({"terminals": np.zeros(21, bool)}, r"terminals have shape \(21,\)"),
     "timeouts too short": ({"timeouts": np.zeros(3, bool)}, r"timeouts have shape \(3,\)"),
     "a scalar": ({"observations": 1.0}, r"observations have shape \(\)"),
     "NaN observation": ({"observations": np.full((20, 11), np.nan)}, "observations hold NaN"),
-    "infinite reward": ({"rewards": np.full(20, np.inf)}, "rewards hold NaN or infinite"),
+    "infinite rewards": (
+        {"rewards": np.where(np.arange(20) % 7 == 3, np.inf, 0)},
+        "rewards hold NaN or infinite values in 3 of 20 rows, the first is 3",
+    ),
     "NaN action": ({"actions": np.full((20, 3), np.nan)}, "actions hold NaN"),
     "NaN terminal": ({"terminals": np.full(20, np.nan)}, "terminals hold values other than 0"),
     "action out of bounds": ({"actions": np.full((20, 3), -1.001)}, "actions reach 1.001"),
