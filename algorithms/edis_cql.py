@@ -492,7 +492,7 @@ class CalQL:
         q_loss, regularizer, q = self.q_loss(batch, policy, next_policy)
         alpha_loss = -(self.factors["log_alpha"] * (log_pi + self.target_entropy)).mean()
         alpha_prime = self.factors["log_alpha_prime"].exp().clamp(max=ALPHA_PRIME_MAX)
-        alpha_prime_loss = -0.5 * alpha_prime * regularizer.detach()
+        alpha_prime_loss = -0.5 * alpha_prime * regularizer.detach()  # mean over both Q (CORL)
         qf_loss = q_loss + alpha_prime.detach() * regularizer
         # They share no parameter: the gradient of their sum is that of each.
         self.optimizer.zero_grad(set_to_none=True)

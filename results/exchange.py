@@ -1,4 +1,4 @@
-"""What the exchange does in a DARE-I run, as in Fig. 1c: python results/exchange.py RUN_DIR
+"""What the exchange does in a DARE-I run, as in Fig. 1c.
 
     python results/exchange.py runs/dare_iql/hopper-medium-v2/seed_0 --csv rows.csv --picture x.png
 
