@@ -2,9 +2,10 @@
 
     python results/exchange.py runs/dare_iql/hopper-medium-v2/seed_0 --csv rows.csv --picture x.png
 
-RUN_DIR is a run's folder, with its checkpoint.pt at any online step with updates. For several steps
-give the run a smaller --online_iterations, call this program, and go on with a larger one. Each
-call appends its rows to --csv and draws --picture from all rows there.
+RUN_DIR is the folder of a run of dare_iql.py, or of a copy of it, with its checkpoint.pt at any
+online step with updates. For several steps give the run a smaller --online_iterations, call this
+program, and go on with a larger one. Each call appends its rows to --csv and draws --picture from
+all rows there.
 
 2,500 rows of the data and 2,500 online ones are scored by the checkpoint's reference policy. The
 table has the separation point and the share of rows exchanged; for each of 40 bins of the score the
@@ -14,6 +15,7 @@ or 500 more steps of the episode.
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -25,7 +27,6 @@ import d4rl_gymnasium as d4rl
 from lib.experiments import ROOT
 
 sys.path.insert(0, str(ROOT / "algorithms"))
-import dare_iql  # noqa: E402
 from d4rl_gymnasium.files import contents_of, load, save_figure, write  # noqa: E402
 from d4rl_gymnasium.runs import errors_in_one_line, parse  # noqa: E402
 from diffusion import EnergyGuidedSampler  # noqa: E402
@@ -54,33 +55,36 @@ def returns_to_go(rows, discount: float) -> np.ndarray:
 
 
 def restored(folder: Path):
-    """Config, agent, sampler, data and filled online buffer of a run, at its checkpoint's step.
+    """Script, config, step, agent, sampler, data and filled online buffer of a run's checkpoint.
 
     Raises:
-        SystemExit: the run is no DARE-I run with an exchange, or has not begun to update online.
+        SystemExit: the run is none of DARE-I with an exchange, or has not begun to update online.
     """
     if not (folder / "config.yaml").exists():
         sys.exit(f"error: {folder} has no config.yaml: name the folder of a run")
     with contents_of(folder / "checkpoint.pt"):
         state = load(folder / "checkpoint.pt")
         settings = state["settings"]
-    if settings["script"] != "dare_iql" or settings["exchange"] == "none":
-        sys.exit(f"error: {folder} is no run of dare_iql.py with an exchange")
+    file = ROOT / "algorithms" / f"{settings['script']}.py"
+    script = importlib.import_module(settings["script"]) if file.exists() else None
+    is_dare = hasattr(script, "exchange") and hasattr(script, "ImplicitQLearning")
+    if not is_dare or settings["exchange"] == "none":
+        sys.exit(f"error: {folder} is no run of dare_iql.py, or a copy of it, with an exchange")
     flags = ["--config_path", str(folder / "config.yaml"), "--device", "cpu"]
     flags += ["--compile", "false", "--runs_dir", str(folder.parents[2])]
-    config = parse(dare_iql.TrainConfig, flags)
+    config = parse(script.TrainConfig, flags)
     if state["phase"] != "online" or state["step"] <= config.initial_collection_steps:
         sys.exit(f"error: {folder} has no updates online yet: let it go on")
     torch.set_num_threads(config.threads)
     source = {"data": config.data, "regenerated_size": config.regenerated_size}
     dataset = d4rl.qlearning_dataset(config.env, **source)
-    dare_iql.modify_reward(dataset, config)
+    script.modify_reward(dataset, config)
     dims = dataset["observations"].shape[1], dataset["actions"].shape[1]
-    offline = dare_iql.ReplayBuffer(*dims, len(dataset["rewards"]))
+    offline = script.ReplayBuffer(*dims, len(dataset["rewards"]))
     offline.load_d4rl_dataset(dataset)
-    online = dare_iql.ReplayBuffer(*dims, len(state["online_buffer"]["rows"]))
+    online = script.ReplayBuffer(*dims, len(state["online_buffer"]["rows"]))
     online.load_state_dict(state["online_buffer"])
-    trainer = dare_iql.ImplicitQLearning(*dims, config)
+    trainer = script.ImplicitQLearning(*dims, config)
     trainer.load_state_dict(state["trainer"])
     data = offline.rows(slice(None))
     sampler = EnergyGuidedSampler(
@@ -88,24 +92,24 @@ def restored(folder: Path):
         trainer.q_target, lambda update: update,
     )  # fmt: skip
     sampler.load_state_dict(state["sampler"])
-    return config, state["step"], trainer, sampler, data, online.rows(slice(None))
+    return script, config, state["step"], trainer, sampler, data, online.rows(slice(None))
 
 
-def scores_of(config, sampler, rows, index, half: str) -> torch.Tensor:
+def scores_of(script, config, sampler, rows, index, half: str) -> torch.Tensor:
     """Alignment scores of the rows with these numbers, of the data or of the online buffer."""
     none, found = index[:0], []
     for part in index.split(BATCH):
         of_half = (part, none) if half == "offline" else (none, part)
         with torch.autocast("cpu", torch.bfloat16, config.precision == "bf16"):
             references = sampler.sample(rows.observations[part], *of_half)
-        found.append(dare_iql.alignment_score(rows.actions[part], references, config.align))
+        found.append(script.alignment_score(rows.actions[part], references, config.align))
     return torch.cat(found)
 
 
 @torch.no_grad()
 def rows_of(folder: Path) -> list[dict]:
     """The rows that a run adds to the table."""
-    config, step, trainer, sampler, data, online = restored(folder)
+    script, config, step, trainer, sampler, data, online = restored(folder)
     torch.manual_seed(config.seed)
     # Resampled references exist for online rows that have support actions.
     n_online = len(online.rewards)
@@ -114,16 +118,17 @@ def rows_of(folder: Path) -> list[dict]:
     index = {"offline": torch.randint(len(data.rewards), (N_ROWS,))}
     index["online"] = torch.randint(n_online, (N_ROWS,))
     halves = {"offline": data, "online": online}
-    x, y = (scores_of(config, sampler, halves[k], index[k], k) for k in halves)
+    x, y = (scores_of(script, config, sampler, halves[k], index[k], k) for k in halves)
     # The row numbers take the places of a batch's columns, and say afterwards which rows moved.
     numbers = torch.arange(2 * N_ROWS)
-    batches = [dare_iql.TensorBatch(*[part] * 5) for part in numbers.split(N_ROWS)]
+    columns = len(script.TensorBatch._fields)
+    batches = [script.TensorBatch(*[part] * columns) for part in numbers.split(N_ROWS)]
     if config.exchange == "direct":
-        first, _, exchanged, separation = dare_iql.direct_exchange(*batches, x, y)
+        first, _, exchanged, separation = script.direct_exchange(*batches, x, y)
     else:
         cap = config.max_exchange * N_ROWS / config.n_offline
         rule = cap, config.exchange == "random"
-        first, _, exchanged, separation = dare_iql.exchange(*batches, x, y, *rule)
+        first, _, exchanged, separation = script.exchange(*batches, x, y, *rule)
     is_offline = torch.isin(numbers, first.rewards)
     moved = {"offline": ~is_offline[:N_ROWS], "online": is_offline[N_ROWS:]}
 

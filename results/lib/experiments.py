@@ -70,12 +70,6 @@ METHODS = {
     ),
     # The policy's learning rate online, a tenth of Table 5's.
     "iql_small_rate": Method("IQL, 3e-5", "#555555", "iql", {"actor_lr": 0.00003}),
-    "dare_iql_no_exchange_small_rate": Method(
-        "DARE-I, no exchange, 3e-5",
-        "#777777",
-        "dare_iql",
-        {"exchange": "none", "actor_lr": 0.00003},
-    ),
     "pex_utd10": Method("PEX, UTD = 10", "#4477AA", "pex", UTD10),
     "edis_iql_utd10": Method("EDIS-I, UTD = 10", "#114466", "edis_iql", UTD10),
     "dare_iql_utd10": Method("DARE-I, UTD = 10", "#BB4400", "dare_iql", UTD10),
@@ -201,7 +195,7 @@ FINETUNING = Experiment(
         (methods, ["halfcheetah-medium-v2"])
         for methods in (
             f"iql pex {IQL_ABLATION} dare_iql_resample",  # in the picture
-            "dare_iql_random iql_small_rate dare_iql_no_exchange_small_rate",
+            "dare_iql_random iql_small_rate",
         )
     ],
     configs={

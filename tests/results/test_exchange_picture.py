@@ -80,5 +80,5 @@ def test_two_steps_of_a_run_and_what_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="rows.csv is of another run: name another file"):
         report("dare_iql")
     dare_iql.main([*flags, "--online_iterations", "60", "--exchange", "none", "--name", "none"])
-    with pytest.raises(SystemExit, match="is no run of dare_iql.py with an exchange"):
+    with pytest.raises(SystemExit, match="is no run of dare_iql.py, or a copy"):
         report("none")
