@@ -101,7 +101,7 @@ class EnergyGuidedSampler:
         return self.config.energy_beta * q
 
     def sample(self, states: Tensor, offline_rows: Tensor, online_rows: Tensor) -> Tensor:
-        """Reference actions [B, M, A] for the states [B, S] of rows of the dataset and online rows:
+        """Reference actions [B, R, A] for the states [B, S] of rows of the dataset and online rows:
         by guided sampling (Eq. 6), or from a state's support actions with softmax(s beta_E Q).
         """
         config = self.config
