@@ -40,6 +40,7 @@ HIGHEST |= dict.fromkeys(("n_reference", "n_support", "n_max_actions", "cql_n_ac
 HIGHEST |= dict.fromkeys(("diffusion_steps", "n_denoising_steps"), 1000)
 HIGHEST |= dict.fromkeys(("n_hidden", "q_n_hidden_layers", "policy_n_hidden_layers"), 100)
 HIGHEST |= {"model_depth": 100, "threads": 256}
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 WANDB_SECONDS = 20  # that wandb may take to reach its server
 # Before the first use of pyrallis, which remembers what decodes a type.
 pyrallis.decode.register(int, operator.index)  # 2.5 is no int
@@ -99,7 +100,16 @@ def parse(config_class: type, args: list[str] | None = None):
         _check_file(args, config_class)
         return parser.parse_args(args)
     except Exception as error:
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {refusal(error)}")
+
+
+def refusal(error: Exception) -> str:
+    """What is wrong with a setting, in one line: pyrallis speaks of classes and fields."""
+    pattern = r"value='(.*)' into field .*\.(\w+)\" of type <class '(\w+)'>"
+    if not (found := re.search(pattern, one_line(error))):
+        return one_line(error)
+    value, name, kind = found.groups()
+    return f"--{name} must be {KINDS.get(kind, kind)}, not {value}"
 
 
 def parser_of(config_class: type) -> pyrallis.argparsing.ArgumentParser:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d4rl_gymnasium.runs import parser_of as parser_of_class
+from d4rl_gymnasium.runs import refusal
 from lib.attempt import attempt, last_line
 from lib.experiments import EXPERIMENTS, METHODS, ROOT, Experiment, Method
 from lib.records import PREPARING, is_finished, read_yaml
@@ -118,8 +119,7 @@ def config_of(run: Run):
     try:
         return parser_of(run.script).parse_args(Run(run.script, flags).command[2:])
     except Exception as e:
-        reason = " ".join(str(e).split())
-        sys.exit(f"error: {reason}; the command was {shlex.join(run.command)}")
+        sys.exit(f"error: {refusal(e)}; the command was {shlex.join(run.command)}")
 
 
 # --- Plans ---

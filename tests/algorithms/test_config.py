@@ -218,9 +218,10 @@ def test_what_the_parser_does_not_know_ends_in_two_lines(capsys, monkeypatch, ar
 @pytest.mark.parametrize(
     "args, parts",
     [
-        ("--batch_size 2.5", ["batch_size", "2.5"]),
-        ("--discount high", ["discount", "high"]),
-        ("--normalize_reward maybe", ["normalize_reward", "maybe"]),
+        ("--batch_size 2.5", ["--batch_size must be a whole number, not 2.5"]),
+        ("--eval_freq 1e4", ["--eval_freq must be a whole number, not 1e4"]),
+        ("--discount high", ["--discount must be a number, not high"]),
+        ("--normalize_reward maybe", ["--normalize_reward must be true or false, not maybe"]),
         ("--mixing_ratio 1.5", ["mixing_ratio", "1.5"]),
     ],
 )
