@@ -33,7 +33,7 @@ from d4rl_gymnasium.runs import errors_in_one_line, parse  # noqa: E402
 from diffusion import EnergyGuidedSampler, draw_support_actions, sample_actions  # noqa: E402
 
 NUMBERS = ["score", "error", "q_gain", "distance", "at_bounds"]
-COLUMNS = ["env", "energy_iterations", "energy_beta", "policy", *NUMBERS]
+COLUMNS = ["env", "energy_iterations", "energy_beta", "policy", "episodes", *NUMBERS]
 N_STATES = 1_000
 
 
@@ -110,6 +110,7 @@ def run(args, config):
         torch.manual_seed(config.seed)
         row = {"env": config.env, "energy_iterations": config.energy_iterations}
         row |= {"energy_beta": config.energy_beta, "policy": name}
+        row["episodes"] = config.n_episodes
         with torch.no_grad():
             row |= measure(draw, support, some, trainer.q_target)
         n_episodes = config.n_episodes

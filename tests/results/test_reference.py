@@ -56,6 +56,7 @@ def test_a_row_for_each_policy(monkeypatch, tmp_path):
     names = ["agent", "unguided", "guided 3", "resampled 2"]
     assert [row["policy"] for row in rows] == 2 * names
     assert rows[:4] == rows[4:]  # seeded
+    assert {row["episodes"] for row in rows} == {2}
     (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
     for path, flag, said in [
         (tmp_path / "foreign.csv", [], "foreign.csv has other columns"),
