@@ -68,6 +68,8 @@ METHODS = {
     "dare_iql_resample": Method(
         "DARE-I, resampled reference", "#661100", "dare_iql", {"reference": "resample"}
     ),
+    # Guided samples are the behavior times exp(s beta_E Q) at s = 1 alone.
+    "dare_iql_unit_guidance": Method("DARE-I, s = 1", "#CC6677", "dare_iql", {"guidance_scale": 1}),
     # The policy's learning rate online, a tenth of Table 5's.
     "iql_small_rate": Method("IQL, 3e-5", "#555555", "iql", {"actor_lr": 0.00003}),
     "pex_utd10": Method("PEX, UTD = 10", "#4477AA", "pex", UTD10),
@@ -205,6 +207,17 @@ FINETUNING = Experiment(
     },
     settings={"data": "regenerated"},
 )
+# A task whose behavior got better and better, so that an agent has more to gain.
+FINETUNING_REPLAY = replace(
+    FINETUNING,
+    title="Fine-tuning from a replay buffer, with small networks",
+    parts=[
+        (
+            "iql dare_iql_no_exchange dare_iql_resample dare_iql_unit_guidance dare_iql",
+            ["halfcheetah-medium-replay-v2"],
+        )
+    ],
+)
 # Is an agent trained on regenerated data about as good as a published one?
 REGENERATED = _group(
     "IQL offline on regenerated data, 200,000 updates, networks of the published size", "iql",
@@ -217,5 +230,7 @@ EXPERIMENTS = PAPER_TABLES | FIGURES
 EXPERIMENTS["fig1"] = _group("Distribution shift of one run", "dare_iql", ["halfcheetah-medium-v2"])
 EXPERIMENTS["paper"] = Experiment("All", [part for x in EXPERIMENTS.values() for part in x.parts])
 EXPERIMENTS["finetuning"] = FINETUNING
+EXPERIMENTS["finetuning_replay"] = FINETUNING_REPLAY
 EXPERIMENTS["regenerated"] = REGENERATED
+PICTURES["finetuning_replay"] = FINETUNING_REPLAY
 PICTURES["finetuning"] = replace(FINETUNING, parts=FINETUNING.parts[:1])

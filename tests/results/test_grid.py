@@ -71,7 +71,8 @@ def names_of(runs):
 
 def test_experiments_are_methods_and_tasks_that_exist():
     names = [f"table{i}" for i in (1, 2, 3, 8, 9, 10, 11)] + [f"fig{i}" for i in range(1, 15)]
-    assert set(EXPERIMENTS) == {*names, "paper", "finetuning", "regenerated"} and len(TASKS) == 13
+    own = ["finetuning", "finetuning_replay", "regenerated"]
+    assert set(EXPERIMENTS) == {*names, "paper", *own} and len(TASKS) == 13
     plans = [*EXPERIMENTS.values(), *PICTURES.values()]
     assert {m for x in plans for m in x.methods} == set(METHODS)
     assert all(set(x.tasks) <= set(TASKS) for x in EXPERIMENTS.values())
@@ -79,7 +80,12 @@ def test_experiments_are_methods_and_tasks_that_exist():
 
 @pytest.mark.parametrize(
     "name, tasks, n_least",
-    [("paper", f"{ENV},umaze-v2", 40), ("finetuning", "halfcheetah", 10), ("regenerated", "v2", 8)],
+    [
+        ("paper", f"{ENV},umaze-v2", 40),
+        ("finetuning", "halfcheetah", 10),
+        ("finetuning_replay", "v2", 8),
+        ("regenerated", "v2", 8),
+    ],
 )
 def test_printed_commands_are_unique_and_parse(program, monkeypatch, name, tasks, n_least):
     monkeypatch.chdir(ROOT)
