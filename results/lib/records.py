@@ -234,7 +234,11 @@ def write_records(runs_dir: Path, folder: Path):
 
     write(folder / "runs.csv", csv_text([key(r) | settings(r) for r in records]))
     for kind in ("eval", "train"):
-        write(folder / f"{kind}.csv", csv_text(rows(kind)))
+        path = folder / f"{kind}.csv"
+        if found := rows(kind):
+            write(path, csv_text(found))
+        else:  # train.csv of runs that were never online
+            path.unlink(missing_ok=True)
     jobs = "command", "commit", "hardware", "seconds", "peak_memory_gb", "attempts"
     if prepared := read_runs(runs_dir, preparing=True):
         costs = [

@@ -68,6 +68,17 @@ def test_records_are_read_back(tmp_path):
     assert "offline" not in (tmp_path / "records" / "train.csv").read_text()
 
 
+def test_runs_that_were_never_online_have_no_train_csv(tmp_path):
+    train = [{"phase": "offline", "step": 5}]
+    runs = write_runs([run("iql", H, 0, [7.5], train, online_iterations=0)], tmp_path / "runs")
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "train.csv").write_text("of earlier runs\n")
+    records.write_records(runs, tmp_path / "records")
+    assert not (tmp_path / "records" / "train.csv").exists()
+    (found,) = records.read_records(tmp_path / "records")
+    assert found.offline_score == 7.5
+
+
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(ValueError, match="has neither finished runs nor runs.csv"):
         records.read_records(tmp_path)
