@@ -69,8 +69,8 @@ def test_records_are_read_back(tmp_path):
 
 
 def test_runs_that_were_never_online_have_no_train_csv(tmp_path):
-    train = [{"phase": "offline", "step": 5}]
-    runs = write_runs([run("iql", H, 0, [7.5], train, online_iterations=0)], tmp_path / "runs")
+    runs = write_runs([run("iql", H, 0, [7.5], online_iterations=0)], tmp_path / "runs")
+    (runs / "iql" / H / "seed_0" / "train.csv").write_text("phase,step\noffline,5\n")
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "train.csv").write_text("of earlier runs\n")
     records.write_records(runs, tmp_path / "records")
