@@ -225,7 +225,7 @@ def test_states_and_what_is_left_to_do(program, tmp_path, monkeypatch):
         (["run", "table1", "--frobnicate"], "unrecognized arguments"),
         (["list", "table1", "--set", "beat=1"], "no script has a setting beat"),
         (["list", "table8", "--set", "calibrated=true"], "cql is defined by --calibrated"),
-        (["list", "table8", "--methods", "iql", "--set", "n_episodes=few"], "value='few'"),
+        (["list", "table8", "--methods", "iql", "--set", "utd=few"], "a whole number, not few"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line(program, args, message):
