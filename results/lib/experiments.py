@@ -68,8 +68,12 @@ METHODS = {
     "dare_iql_resample": Method(
         "DARE-I, resampled reference", "#661100", "dare_iql", {"reference": "resample"}
     ),
-    # Guided samples are the behavior times exp(s beta_E Q) at s = 1 alone.
-    "dare_iql_unit_guidance": Method("DARE-I, s = 1", "#CC6677", "dare_iql", {"guidance_scale": 1}),
+    "dare_iql_resample_random": Method(
+        "DARE-I, resampled, random exchange",
+        "#CC6677",
+        "dare_iql",
+        {"reference": "resample", "exchange": "random"},
+    ),
     # The policy's learning rate online, a tenth of Table 5's.
     "iql_small_rate": Method("IQL, 3e-5", "#555555", "iql", {"actor_lr": 0.00003}),
     "pex_utd10": Method("PEX, UTD = 10", "#4477AA", "pex", UTD10),
@@ -213,10 +217,11 @@ FINETUNING_REPLAY = replace(
     title="Fine-tuning from a replay buffer, with small networks",
     parts=[
         (
-            "iql dare_iql_no_exchange dare_iql_resample dare_iql_unit_guidance dare_iql",
+            "iql dare_iql_no_exchange dare_iql_resample dare_iql_resample_random dare_iql",
             ["halfcheetah-medium-replay-v2"],
         )
     ],
+    seeds=(0, 1, 2),
 )
 # Is an agent trained on regenerated data about as good as a published one?
 REGENERATED = _group(
