@@ -365,14 +365,19 @@ def record_page(name: str) -> str:
 
 
 def finetuning_block() -> str:
-    """The fine-tuning experiment in one table, for the README of the repository."""
-    runs = by_seed(read_records(RECORDS / "finetuning"))
+    """The fine-tuning experiments in one table, for the README of the repository."""
+    parts, runs = [], {}
+    for name in STUDY:
+        found = by_seed(read_records(RECORDS / name))
+        parts.append(made_with(name, found))
+        runs |= found
     _, by_task = comparison(runs)
-    return f"{made_with('finetuning', runs)}\n{by_task.markdown()}"
+    return "\n".join([*parts, by_task.markdown()])
 
 
+STUDY = "finetuning", "finetuning_replay"  # a task each
 # Written as a whole, from the records beside them.
-PAGES = {"results/finetuning/README.md": functools.partial(record_page, "finetuning")}
+PAGES = {f"results/{name}/README.md": functools.partial(record_page, name) for name in STUDY}
 # Written between the marks <!-- NAME: python results/tables.py pages --> and <!-- end of NAME -->,
 # in those of these pages that have them.
 BLOCKS = {"finetuning": finetuning_block}
