@@ -69,7 +69,7 @@ METHODS = {
         "DARE-I, resampled reference", "#661100", "dare_iql", {"reference": "resample"}
     ),
     "dare_iql_resample_random": Method(
-        "DARE-I, resampled, random exchange",
+        "DARE-I, resampled, random",
         "#CC6677",
         "dare_iql",
         {"reference": "resample", "exchange": "random"},
