@@ -364,6 +364,9 @@ def record_page(name: str) -> str:
     return "\n".join([head, made_with(name, runs), *found])
 
 
+STUDY = "finetuning", "finetuning_replay"  # a task each
+
+
 def finetuning_block() -> str:
     """The fine-tuning experiments in one table, for the README of the repository."""
     parts, runs = [], {}
@@ -375,7 +378,6 @@ def finetuning_block() -> str:
     return "\n".join([*parts, by_task.markdown()])
 
 
-STUDY = "finetuning", "finetuning_replay"  # a task each
 # Written as a whole, from the records beside them.
 PAGES = {f"results/{name}/README.md": functools.partial(record_page, name) for name in STUDY}
 # Written between the marks <!-- NAME: python results/tables.py pages --> and <!-- end of NAME -->,

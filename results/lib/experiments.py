@@ -68,6 +68,7 @@ METHODS = {
     "dare_iql_resample": Method(
         "DARE-I, resampled reference", "#661100", "dare_iql", {"reference": "resample"}
     ),
+    # The control: as many random rows as the scores would exchange.
     "dare_iql_resample_random": Method(
         "DARE-I, resampled, random",
         "#CC6677",
