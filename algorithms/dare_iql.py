@@ -91,7 +91,7 @@ class TrainConfig:
     max_exchange: int = 1_000_000  # n of Eq. 10, the pairs at most: no cap, App. B.1
     online_loss: str = "sac"  # of online-like rows: sac (Eqs. 15, 16), expectile (Eq. 35) or none
     sac_alpha: float = None  # entropy coefficient of Eq. 16, App. B.1
-    n_max_actions: int = 10  # actions under the max of Eq. 15 (Cal-QL's max-target backup)
+    n_max_actions: int = None  # drawn actions under the max of Eq. 15: max target backup, Table 4
     online_expectile: float = 0.99  # expectile of online-like rows in Eq. 35
     align: str = "gaussian_kl"  # reading of Eq. 7: gaussian_kl or softmax_kl
     # Behavior diffusion
@@ -154,9 +154,9 @@ AT_MOST_1 = ("mixing_ratio", "discount", "tau", "iql_tau")
 OFFLINE_FIELDS = ("env", "data", "regenerated_size", "discount", "beta", "iql_tau")
 OFFLINE_FIELDS += ("normalize_reward", "hidden_dim", "n_hidden")  # --load_model must agree with
 PANELS = {"d4rl_normalized_score": "normalized score", "q": "mean target Q"}  # of curve.png
-# DARE: App. B.1, App. B.5 and Table 7
-PRESETS["locomotion"] |= dict(sac_alpha=0.2, n_support=16, guidance_scale=3.0)
-PRESETS["antmaze"] |= dict(sac_alpha=0.01, n_support=32, guidance_scale=3.0)
+# DARE: Table 4, App. B.1, App. B.5 and Table 7
+PRESETS["locomotion"] |= dict(sac_alpha=0.2, n_max_actions=1, n_support=16, guidance_scale=3.0)
+PRESETS["antmaze"] |= dict(sac_alpha=0.01, n_max_actions=10, n_support=32, guidance_scale=3.0)
 GUIDANCE_SCALE = {
     "walker2d-medium-expert-v2": 5.0,
     "halfcheetah-medium-expert-v2": 3.0,

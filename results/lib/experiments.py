@@ -224,6 +224,19 @@ FINETUNING_REPLAY = replace(
     ],
     seeds=(0, 1, 2),
 )
+FULL_SIZE = replace(
+    FINETUNING,
+    title="Fine-tuning with networks of the published size",
+    parts=[
+        (
+            "iql dare_iql_no_exchange dare_iql_resample dare_iql_resample_random dare_iql"
+            " dare_iql_random",
+            ["halfcheetah-medium-replay-v2", "hopper-medium-v2", "walker2d-medium-replay-v2"],
+        )
+    ],
+    seeds=(0, 1, 2),
+    configs={"iql": "results/full_size.yaml", "dare_iql": "results/full_size_dare.yaml"},
+)
 # Is an agent trained on regenerated data about as good as a published one?
 REGENERATED = _group(
     "IQL offline on regenerated data, 200,000 updates, networks of the published size", "iql",
@@ -237,6 +250,7 @@ EXPERIMENTS["fig1"] = _group("Distribution shift of one run", "dare_iql", ["half
 EXPERIMENTS["paper"] = Experiment("All", [part for x in EXPERIMENTS.values() for part in x.parts])
 EXPERIMENTS["finetuning"] = FINETUNING
 EXPERIMENTS["finetuning_replay"] = FINETUNING_REPLAY
+EXPERIMENTS["full_size"] = FULL_SIZE
 EXPERIMENTS["regenerated"] = REGENERATED
 PICTURES["finetuning_replay"] = FINETUNING_REPLAY
 PICTURES["finetuning"] = replace(FINETUNING, parts=FINETUNING.parts[:1])

@@ -44,6 +44,7 @@ BY_FAMILY = {
         "iql_tau": 0.7,
         "beta": 3.0,
         "sac_alpha": 0.2,
+        "n_max_actions": 1,  # Table 4: max target backup False
         "normalize_reward": False,
         "n_episodes": 10,
         "n_support": 16,
@@ -52,6 +53,7 @@ BY_FAMILY = {
         "iql_tau": 0.9,
         "beta": 10.0,
         "sac_alpha": 0.01,
+        "n_max_actions": 10,  # Table 4: True; the number is Cal-QL's
         "normalize_reward": True,
         "n_episodes": 100,
         "n_support": 32,
@@ -76,7 +78,6 @@ CHOSEN = {
     "exchange": "gaussian",
     "max_exchange": 1_000_000,  # no cap, App. B.1
     "online_loss": "sac",
-    "n_max_actions": 10,
     "online_expectile": 0.99,  # App. G
     "align": "gaussian_kl",
     "n_reference": 1,
