@@ -229,9 +229,8 @@ FULL_SIZE = replace(
     title="Fine-tuning with networks of the published size",
     parts=[
         (
-            "iql dare_iql_no_exchange dare_iql_resample dare_iql_resample_random dare_iql"
-            " dare_iql_random",
-            ["halfcheetah-medium-replay-v2", "hopper-medium-v2", "walker2d-medium-replay-v2"],
+            "iql dare_iql_no_exchange dare_iql_resample dare_iql_resample_random dare_iql",
+            ["halfcheetah-medium-replay-v2", "walker2d-medium-replay-v2"],
         )
     ],
     seeds=(0, 1, 2),
