@@ -75,6 +75,19 @@ METHODS = {
         "dare_iql",
         {"reference": "resample", "exchange": "random"},
     ),
+    # One drawn action in Eq. 15, the default, where the other runs take the max of ten.
+    "dare_iql_no_exchange_one_draw": Method(
+        "DARE-I, no exchange, one draw",
+        "#777777",
+        "dare_iql",
+        {"exchange": "none", "n_max_actions": 1},
+    ),
+    "dare_iql_resample_one_draw": Method(
+        "DARE-I, resampled, one draw",
+        "#BB6655",
+        "dare_iql",
+        {"reference": "resample", "n_max_actions": 1},
+    ),
     # The policy's learning rate online, a tenth of Table 5's.
     "iql_small_rate": Method("IQL, 3e-5", "#555555", "iql", {"actor_lr": 0.00003}),
     "pex_utd10": Method("PEX, UTD = 10", "#4477AA", "pex", UTD10),
@@ -217,9 +230,10 @@ FINETUNING_REPLAY = replace(
     FINETUNING,
     title="Fine-tuning from a replay buffer, with small networks",
     parts=[
-        (
+        (methods, ["halfcheetah-medium-replay-v2"])
+        for methods in (
             "iql dare_iql_no_exchange dare_iql_resample dare_iql_resample_random dare_iql",
-            ["halfcheetah-medium-replay-v2"],
+            "dare_iql_no_exchange_one_draw dare_iql_resample_one_draw",
         )
     ],
     seeds=(0, 1, 2),
