@@ -364,25 +364,21 @@ def record_page(name: str) -> str:
     return "\n".join([head, made_with(name, runs), *found])
 
 
-STUDY = "finetuning", "finetuning_replay"  # a task each
+STUDY = "full_size", "finetuning", "finetuning_replay"
 
 
-def finetuning_block() -> str:
-    """The fine-tuning experiments in one table, for the README of the repository."""
-    parts, runs = [], {}
-    for name in STUDY:
-        found = by_seed(read_records(RECORDS / name))
-        parts.append(made_with(name, found))
-        runs |= found
+def full_size_block() -> str:
+    """The study with the largest networks, for the README of the repository."""
+    runs = by_seed(read_records(RECORDS / "full_size"))
     _, by_task = comparison(runs)
-    return "\n".join([*parts, by_task.markdown()])
+    return "\n".join([made_with("full_size", runs), by_task.markdown()])
 
 
 # Written as a whole, from the records beside them.
 PAGES = {f"results/{name}/README.md": functools.partial(record_page, name) for name in STUDY}
 # Written between the marks <!-- NAME: python results/tables.py pages --> and <!-- end of NAME -->,
 # in those of these pages that have them.
-BLOCKS = {"finetuning": finetuning_block}
+BLOCKS = {"full_size": full_size_block}
 MARKED = "README.md", "algorithms/README.md", "d4rl_gymnasium/README.md", "results/README.md"
 
 
@@ -447,6 +443,8 @@ def main():
     action = actions.add_parser("collect", help="write the records of finished runs")
     action.add_argument("runs_dir", type=Path)
     action.add_argument("folder", type=Path)
+    action.add_argument("--until", type=int, metavar="STEP",
+                        help="also of unfinished runs: cut all at this online step")  # fmt: skip
     action = actions.add_parser("pages", help="write the generated pages of this repository")
     action.add_argument("--check", action="store_true", help="write nothing, fail if they differ")
     args = parser.parse_args()
@@ -454,7 +452,7 @@ def main():
         if args.action == "show":
             print("\n".join(getattr(table, args.format)() for table in show(args)), end="")
         elif args.action == "collect":
-            write_records(args.runs_dir, args.folder)
+            write_records(args.runs_dir, args.folder, args.until)
         else:
             for path, text in pages().items():
                 stale = not path.exists() or path.read_text() != text

@@ -244,7 +244,7 @@ FULL_SIZE = replace(
     parts=[
         (
             "iql dare_iql_no_exchange dare_iql_resample dare_iql_resample_random dare_iql",
-            ["halfcheetah-medium-replay-v2", "walker2d-medium-replay-v2"],
+            ["halfcheetah-medium-replay-v2"],
         )
     ],
     seeds=(0, 1, 2),
@@ -265,5 +265,6 @@ EXPERIMENTS["finetuning"] = FINETUNING
 EXPERIMENTS["finetuning_replay"] = FINETUNING_REPLAY
 EXPERIMENTS["full_size"] = FULL_SIZE
 EXPERIMENTS["regenerated"] = REGENERATED
-PICTURES["finetuning_replay"] = FINETUNING_REPLAY
+PICTURES["full_size"] = FULL_SIZE
+PICTURES["finetuning_replay"] = replace(FINETUNING_REPLAY, parts=FINETUNING_REPLAY.parts[:1])
 PICTURES["finetuning"] = replace(FINETUNING, parts=FINETUNING.parts[:1])

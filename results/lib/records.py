@@ -77,8 +77,17 @@ class Record:
         """The run as it was at an online step, if it went on beyond."""
         if self.n_steps <= step:
             return self
-        kept = [row for row in self.eval if row["phase"] != "online" or row["step"] <= step]
-        return replace(self, eval=kept, settings=self.settings | {"online_iterations": step})
+        kept = [
+            [row for row in rows if row["phase"] != "online" or row["step"] <= step]
+            for rows in (self.eval, self.train)
+        ]
+        settings = self.settings | {"online_iterations": step}
+        return replace(self, eval=kept[0], train=kept[1], settings=settings)
+
+    def reached(self, step: int) -> bool:
+        """Whether the run has an evaluation and a log row of an online step."""
+        return all(any(r["phase"] == "online" and r["step"] == step for r in rows)
+                   for rows in (self.eval, self.train))  # fmt: skip
 
     @property
     def origin(self) -> tuple:
@@ -163,11 +172,16 @@ def read_run(directory: Path) -> Record:
     return Record(method, env, int(seed.removeprefix("seed_")), settings, *rows)
 
 
-def read_runs(runs_dir: Path, preparing: bool = False) -> list[Record]:
-    """Records of the finished runs in a runs directory, or of the preparing ones of grid.py."""
+def read_runs(runs_dir: Path, preparing: bool = False, until: int | None = None) -> list[Record]:
+    """Records of the finished runs in a runs directory, or of the preparing ones of grid.py.
+
+    With `until` those of the runs that have reached this online step, as they were there.
+    """
     found = [path.parent for path in sorted(runs_dir.glob("*/*/seed_*/config.yaml"))]
     found = [x for x in found if x.parts[-3].startswith(PREPARING) == preparing]
-    return [read_run(directory) for directory in found if is_finished(directory)]
+    if until is None:
+        return [read_run(directory) for directory in found if is_finished(directory)]
+    return [record.until(until) for record in map(read_run, found) if record.reached(until)]
 
 
 # --- Committed records ---
@@ -210,16 +224,18 @@ def csv_text(rows: list[dict]) -> str:
     return text.getvalue()
 
 
-def write_records(runs_dir: Path, folder: Path):
+def write_records(runs_dir: Path, folder: Path, until: int | None = None):
     """Write runs.csv, eval.csv and train.csv (online rows) of the finished runs in a directory.
 
-    prepared.csv has what the preparing runs of grid.py cost.
+    With `until` of those that have reached this online step, as they were there. prepared.csv has
+    what the preparing runs of grid.py cost.
 
     Raises:
-        ValueError: there are no finished runs.
+        ValueError: there are no such runs.
     """
-    if not (records := read_runs(runs_dir)):
-        raise ValueError(f"{runs_dir} has no finished runs")
+    if not (records := read_runs(runs_dir, until=until)):
+        which = "finished run" if until is None else f"run that has reached online step {until}"
+        raise ValueError(f"{runs_dir} has no {which}")
     folder.mkdir(parents=True, exist_ok=True)
 
     def key(record: Record) -> dict:

@@ -79,10 +79,30 @@ def test_runs_that_were_never_online_have_no_train_csv(tmp_path):
     assert found.offline_score == 7.5
 
 
+def test_runs_are_cut_where_all_of_them_have_been(tmp_path):
+    """Of runs that were stopped, those that have reached the step."""
+    long = run("iql", H, 0, [1, 2, 3, 4], online_iterations=30)
+    short = run("iql", H, 1, [1, 2], online_iterations=10)
+    for record, last in ((long, 30), (short, 10)):
+        record.train = [{"phase": "online", "step": x, "q_loss": 1.0} for x in range(5, last, 5)]
+    runs = write_runs([long, short], tmp_path / "runs")
+    for path in runs.glob("*/*/*/config.yaml"):  # none is finished
+        path.write_text(path.read_text().replace("online_iterations: ", "online_iterations: 9"))
+    with pytest.raises(ValueError, match="has no finished run"):
+        records.write_records(runs, tmp_path / "records")
+    records.write_records(runs, tmp_path / "records", until=20)
+    (found,) = records.read_records(tmp_path / "records")
+    assert found.seed == 0 and found.n_steps == 20
+    assert found.scores()[1].tolist() == [1, 2, 3]
+    assert found.log("q_loss")[0].tolist() == [5, 10, 15, 20]
+    with pytest.raises(ValueError, match="no run that has reached online step 40"):
+        records.write_records(runs, tmp_path / "records", until=40)
+
+
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(ValueError, match="has neither finished runs nor runs.csv"):
         records.read_records(tmp_path)
-    with pytest.raises(ValueError, match="has no finished runs"):
+    with pytest.raises(ValueError, match="has no finished run"):
         records.write_records(tmp_path, tmp_path / "records")
     record = run("iql", H, 0, [1, 2], eval_freq=40_000)
     del record.settings["hidden_dim"]

@@ -315,7 +315,7 @@ def test_tables_of_a_runs_directory_are_those_of_its_records(tmp_path, monkeypat
     "args, message",
     [(["show", "x", "--table", "table7"], "no table table7; there are table1, table2, "),
      (["show", "no/runs"], "no/runs has neither finished runs nor runs.csv"),
-     (["collect", "no/runs", "x"], "no/runs has no finished runs")],
+     (["collect", "no/runs", "x"], "no/runs has no finished run")],
 )  # fmt: skip
 def test_errors_are_one_line(monkeypatch, args, message):
     monkeypatch.setattr(sys, "argv", ["tables.py", *args])
@@ -338,9 +338,9 @@ def test_a_changed_number_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tables.py", "pages"])
     tables.main()
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("# Title\n<!-- finetuning: ")
-    assert text.endswith("<!-- end of finetuning -->\nend\n")
-    assert tables.finetuning_block() in text
+    assert text.startswith("# Title\n<!-- full_size: ")
+    assert text.endswith("<!-- end of full_size -->\nend\n")
+    assert tables.full_size_block() in text
     monkeypatch.setattr(sys, "argv", ["tables.py", "pages", "--check"])
     tables.main()
     number = re.search(r"\| IQL \| \d", text).end()
@@ -348,14 +348,14 @@ def test_a_changed_number_is_found(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="README.md is stale; run python results/tables.py pages"):
         tables.main()
     assert tables.with_blocks("# A page without marks\n") == "# A page without marks\n"
-    inline = "as in " + marks[0].format("finetuning")
+    inline = "as in " + marks[0].format("full_size")
     assert tables.with_blocks(inline) == inline
-    begin, end = (mark.format("finetuning") for mark in marks)
-    for broken in (begin, end + begin, (begin + end).replace("finetuning", "other")):
+    begin, end = (mark.format("full_size") for mark in marks)
+    for broken in (begin, end + begin, (begin + end).replace("full_size", "other")):
         with pytest.raises(ValueError, match="names no block or has no <!-- end of"):
             tables.with_blocks("\n" + broken)
 
 
 def test_the_block_of_the_readme_is_one_small_table():
-    lines = [x for x in tables.finetuning_block().splitlines() if x.startswith("| halfcheetah")]
-    assert 3 <= len(lines) <= 13
+    lines = [x for x in tables.full_size_block().splitlines() if x.startswith("| halfcheetah")]
+    assert 3 <= len(lines) <= 8
