@@ -329,6 +329,8 @@ def main():
     torch.manual_seed(0)
     settings = {k: getattr(args, k) for k in ("threads", "precision", "compile", "cuda_graph")}
     machine = {"hardware": hardware(), **settings, "torch": str(torch.__version__)}
+    if args.device == "cuda" and (gpu := torch.cuda.get_device_name()) not in machine["hardware"]:
+        machine["hardware"] += f", {gpu}"
     if args.against:
         machine |= {"commit": git_commit(), "command": shlex.join(["python", *sys.argv])}
         return write(args.output, compare(args, machine))
