@@ -191,7 +191,7 @@ FIGURES = {
     "fig14": _group("Ablation of DARE-I, locomotion", IQL_ABLATION, LOCOMOTION),
 }  # fmt: skip
 # Pictures beyond the paper, of whatever runs there are.
-_VARIANTS = [m for m in METHODS if not m.endswith("utd10")]
+_VARIANTS = [m for m in METHODS if not m.endswith(("utd10", "one_draw"))]
 _CQL, _IQL = (
     " ".join([m for m in _VARIANTS if METHODS[m].baseline == base and m != dare] + [dare])
     for base, dare in (("cal_ql", "dare_cql"), ("iql", "dare_iql"))
