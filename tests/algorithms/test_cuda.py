@@ -1,4 +1,6 @@
-"""On a GPU: updates replayed as CUDA graphs equal called ones, and those of a CPU."""
+"""On a GPU, by `pytest --cuda tests/algorithms/test_cuda.py`: updates replayed as CUDA graphs equal
+called ones, and those of a CPU.
+"""
 
 from copy import deepcopy
 
@@ -12,7 +14,7 @@ import dare_iql
 import diffusion.sampler
 import iql
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and --cuda")
 
 
 def logged_and_tensors(script, path, online, **settings):
