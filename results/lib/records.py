@@ -82,6 +82,7 @@ class Record:
             for rows in (self.eval, self.train)
         ]
         settings = self.settings | {"online_iterations": step}
+        settings.pop("seconds", None)  # which are of the whole run
         return replace(self, eval=kept[0], train=kept[1], settings=settings)
 
     def reached(self, step: int) -> bool:

@@ -85,6 +85,7 @@ def test_runs_are_cut_where_all_of_them_have_been(tmp_path):
     short = run("iql", H, 1, [1, 2], online_iterations=10)
     for record, last in ((long, 30), (short, 10)):
         record.train = [{"phase": "online", "step": x, "q_loss": 1.0} for x in range(5, last, 5)]
+    long.settings["seconds"] = 9.5
     runs = write_runs([long, short], tmp_path / "runs")
     for path in runs.glob("*/*/*/config.yaml"):  # none is finished
         path.write_text(path.read_text().replace("online_iterations: ", "online_iterations: 9"))
@@ -93,6 +94,7 @@ def test_runs_are_cut_where_all_of_them_have_been(tmp_path):
     records.write_records(runs, tmp_path / "records", until=20)
     (found,) = records.read_records(tmp_path / "records")
     assert found.seed == 0 and found.n_steps == 20
+    assert "seconds" not in found.settings  # they are of more steps
     assert found.scores()[1].tolist() == [1, 2, 3]
     assert found.log("q_loss")[0].tolist() == [5, 10, 15, 20]
     with pytest.raises(ValueError, match="no run that has reached online step 40"):
