@@ -1,11 +1,13 @@
-"""Raises the return of a shipped expert by a search over a few of its weights (development only).
+"""Raises the return of a shipped expert by a search over its weights (development only).
 
     python -m d4rl_gymnasium.polish --env walker2d-expert-v2 --minutes 30
+    python -m d4rl_gymnasium.polish --env halfcheetah-expert-v2 --over weights --spread 0.003
 
 Where the gradient of an actor-critic method has come to rest, a cross-entropy search still finds
 better gains: a factor for each observation, a factor and an offset for each action. Each round
 draws candidates, judges all of them by the same few episodes with noise, and moves the mean and the
-spread of the search towards the best quarter.
+spread of the search towards the best quarter. Where that has come to rest too, evolution strategies
+(Salimans et al., 2017) still climb, over all weights of the mean.
 """
 
 import argparse
@@ -35,6 +37,13 @@ PATIENCE = 5
 JUDGED_BY = 30
 # Looked at as well: a part of the way to the centre of the search, where the ground is firmer.
 PARTS = (1.0, 0.85, 0.7)
+
+
+# Of the search over weights: pairs of mirrored candidates a round, the length of a step in units of
+# the spread, the memory of the gradient, and that of the average of the points gone through.
+PAIRS, STEP, MOMENTUM, AVERAGE = 16, 0.1, 0.9, 0.95
+# What the mean of an action depends on.
+MEAN_WEIGHTS = ("w0", "b0", "w1", "b1", "w_mean", "b_mean")
 
 
 def with_gains(policy, gains, noise=1.0):
@@ -95,13 +104,72 @@ class Search:
         return float(np.mean(returns))
 
 
+class WeightSearch:
+    """Evolution strategies over the weights of a policy's mean.
+
+    Args:
+        policy: the `BehaviorPolicy` to start from.
+        env: its environment.
+        spread: standard deviation of a candidate's weights, in units of the root mean square of
+            the matrix or vector that they are in.
+        episodes: that judge a candidate.
+        noise: as in `with_gains`.
+        seed: of the search.
+    """
+
+    def __init__(self, policy, env, spread=0.003, episodes=1, noise=1.0, seed=0):
+        self.policy, self.env, self.noise = policy, env, noise
+        self.spread, self.episodes = spread, episodes
+        self.rng = np.random.default_rng(seed)
+        weights = [policy.weights[name] for name in MEAN_WEIGHTS]
+        self.scale = np.concatenate(
+            [np.full(value.size, np.sqrt(np.mean(value**2))) for value in weights]
+        )
+        self.point, self.mean, self.gradient = (np.zeros(len(self.scale)) for _ in range(3))
+
+    def candidate(self, change):
+        """The policy with its weights changed by so many times their scale."""
+        changed, start = dict(self.policy.weights), 0
+        for name in MEAN_WEIGHTS:
+            value, end = changed[name], start + changed[name].size
+            step = (change * self.scale)[start:end].reshape(value.shape)
+            changed[name], start = (value + step).astype(np.float32), end
+        changed["b_log_std"] = changed["b_log_std"] + np.float32(np.log(self.noise))
+        return BehaviorPolicy(changed, env_steps=self.policy.env_steps)
+
+    def round(self):
+        """Judges mirrored candidates, takes a step uphill; returns their mean return.
+
+        Steps are of one length, whatever the slope: `mean` averages the points gone through.
+        """
+        slope, found = np.zeros(len(self.scale)), []
+        for _ in range(PAIRS):
+            direction = self.rng.standard_normal(len(self.scale))
+            seed = int(self.rng.integers(2**30))
+            pair = [self.point + sign * self.spread * direction for sign in (1, -1)]
+            up, down = (
+                episode_returns(self.candidate(x), self.env, self.episodes, seed, True).mean()
+                for x in pair
+            )
+            slope += (up - down) * direction
+            found += [up, down]
+        length = np.sqrt(np.mean(slope**2))
+        self.gradient = MOMENTUM * self.gradient + (1 - MOMENTUM) * slope / max(length, 1e-8)
+        self.point = self.point + STEP * self.spread * self.gradient
+        self.mean = AVERAGE * self.mean + (1 - AVERAGE) * self.point
+        return float(np.mean(found))
+
+
+SEARCHES = {"gains": Search, "weights": WeightSearch}
+
+
 def polish(args):
     """Searches until D4RL's return is reached or time is up and writes the best expert found."""
     goal = known_of(args.env)["return mean"]
     env = gymnasium.make(args.env)
     robot, variant = task(args.env).robot, args.env.removesuffix("-v2").split("-", 1)[1]
     policy = BehaviorPolicy.load(POLICIES / f"{robot}-{variant}.npz")
-    search = Search(policy, env, args.spread, args.episodes, args.noise, args.seed)
+    search = SEARCHES[args.over](policy, env, args.spread, args.episodes, args.noise, args.seed)
 
     def judged(policy):
         return episode_returns(policy, env, JUDGED_BY, EVALUATION_SEED, stochastic=True).mean()
@@ -127,7 +195,10 @@ def main(args=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--env", required=True, help="expert task, such as hopper-expert-v2")
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--spread", type=float, default=0.05, help="of the first gains")
+    parser.add_argument("--over", choices=list(SEARCHES), default="gains")
+    parser.add_argument(
+        "--spread", type=float, default=0.05, help="of the first gains, or of weights"
+    )
     parser.add_argument("--episodes", type=int, default=2, help="to judge a candidate by")
     parser.add_argument("--noise", type=float, default=1.0, help="factor of the policy's noise")
     parser.add_argument("--seed", type=int, default=0)

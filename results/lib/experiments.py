@@ -250,6 +250,16 @@ FULL_SIZE = replace(
     seeds=(0, 1, 2),
     configs={"iql": "results/full_size.yaml", "dare_iql": "results/full_size_dare.yaml"},
 )
+FINETUNING_CQL = replace(
+    FINETUNING,
+    title="Fine-tuning of the CQL group from a replay buffer, with small networks",
+    parts=[("cal_ql dare_cql_no_exchange dare_cql", ["halfcheetah-medium-replay-v2"])],
+    seeds=(0, 1, 2),
+    configs={
+        "cal_ql": "results/finetuning_cql.yaml",
+        "dare_cql": "results/finetuning_dare_cql.yaml",
+    },
+)
 # Is an agent trained on regenerated data about as good as a published one?
 REGENERATED = _group(
     "IQL offline on regenerated data, 200,000 updates, networks of the published size", "iql",
@@ -263,6 +273,7 @@ EXPERIMENTS["fig1"] = _group("Distribution shift of one run", "dare_iql", ["half
 EXPERIMENTS["paper"] = Experiment("All", [part for x in EXPERIMENTS.values() for part in x.parts])
 EXPERIMENTS["finetuning"] = FINETUNING
 EXPERIMENTS["finetuning_replay"] = FINETUNING_REPLAY
+EXPERIMENTS["finetuning_cql"] = FINETUNING_CQL
 EXPERIMENTS["full_size"] = FULL_SIZE
 EXPERIMENTS["regenerated"] = REGENERATED
 PICTURES["full_size"] = FULL_SIZE
