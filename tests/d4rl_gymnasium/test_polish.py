@@ -59,13 +59,40 @@ def test_the_search_climbs(offsets_matter):
     assert (search.std >= 0.2 * 0.1).all()
 
 
+def test_changes_of_weights_are_in_units_of_their_matrix():
+    policy, observation = make_policy(), np.linspace(-1, 1, 11)
+    search = polish.WeightSearch(policy, None, noise=0.5)
+    same = search.candidate(np.zeros(len(search.mean)))
+    np.testing.assert_array_equal(same.act(observation), policy.act(observation))
+    np.testing.assert_allclose(
+        same.weights["b_log_std"], policy.weights["b_log_std"] + np.log(0.5), rtol=1e-6
+    )
+    changed = search.candidate(np.full(len(search.mean), 0.1)).weights
+    for name in polish.MEAN_WEIGHTS:
+        old = policy.weights[name]
+        step = 0.1 * np.sqrt(np.mean(old**2))
+        np.testing.assert_allclose(changed[name] - old, step, rtol=1e-4)
+    np.testing.assert_array_equal(changed["w_log_std"], policy.weights["w_log_std"])
+
+
+def test_the_search_over_weights_climbs(offsets_matter):
+    search = polish.WeightSearch(make_policy(), None, spread=0.1)
+    first = search.round()
+    for _ in range(300):
+        last = search.round()
+    assert first < 1500 and last > 3000
+    returns = polish.episode_returns(search.candidate(search.mean), None, 1, 0, True)
+    assert returns[0] > 3400
+
+
+@pytest.mark.parametrize("over", ["gains", "weights"])
 def test_an_expert_is_written_once_it_has_d4rls_return(
-    offsets_matter, monkeypatch, tmp_path, capsys
+    offsets_matter, monkeypatch, tmp_path, capsys, over
 ):
     for module in (polish, train_policies):
         monkeypatch.setattr(module, "POLICIES", tmp_path)
     make_policy().save(tmp_path / "hopper-expert.npz")
-    flags = ["--env", "hopper-expert-v2", "--spread", "0.1"]
+    flags = ["--env", "hopper-expert-v2", "--spread", "0.1", "--over", over]
     polish.main([*flags, "--minutes", "0"])
     assert BehaviorPolicy.load(tmp_path / "hopper-expert.npz").return_mean < 1000
     polish.main(flags)
