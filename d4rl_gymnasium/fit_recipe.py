@@ -23,7 +23,7 @@ ROBOTS = ("halfcheetah", "hopper", "walker2d")
 # Snapshots around the score of D4RL's medium policy that share its part; one where one has it all.
 MEDIUM = {
     "halfcheetah": ["medium"],
-    "hopper": ["medium", "full-replay-4", "full-replay-5", "full-replay-6"],
+    "hopper": ["medium"],
     "walker2d": ["medium", "full-replay-1", "full-replay-2", "full-replay-3", "full-replay-6"],
 }
 # What the best episodes of medium-replay come from, beside the snapshots up to medium.

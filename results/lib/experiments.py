@@ -277,5 +277,6 @@ EXPERIMENTS["finetuning_cql"] = FINETUNING_CQL
 EXPERIMENTS["full_size"] = FULL_SIZE
 EXPERIMENTS["regenerated"] = REGENERATED
 PICTURES["full_size"] = FULL_SIZE
+PICTURES["finetuning_cql"] = FINETUNING_CQL
 PICTURES["finetuning_replay"] = replace(FINETUNING_REPLAY, parts=FINETUNING_REPLAY.parts[:1])
 PICTURES["finetuning"] = replace(FINETUNING, parts=FINETUNING.parts[:1])

@@ -60,10 +60,10 @@ def test_shipped_hopper_policies_are_what_they_say():
     policies = {label: BehaviorPolicy.load(POLICIES / f"hopper-{label}.npz") for label in LABELS}
     assert all((POLICIES / f"hopper-{label}.npz").stat().st_size < 200_000 for label in LABELS)
     assert policies["expert"].normalized_score > 85
-    assert abs(policies["medium"].normalized_score - policies["expert"].normalized_score / 3) < 5
+    assert abs(policies["medium"].normalized_score - 44.3) < 3  # D4RL's hopper-medium
     steps = [policies[f"replay-{number}"].env_steps for number in range(8)]
     assert steps == sorted(set(steps))
-    assert steps[0] == 0 and steps[-1] == policies["medium"].env_steps
+    assert steps[0] == 0 and steps[-1] < policies["medium"].env_steps
 
 
 @pytest.mark.parametrize("label", ["expert", "medium", "replay-0"])

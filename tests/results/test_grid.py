@@ -71,7 +71,7 @@ def names_of(runs):
 
 def test_experiments_are_methods_and_tasks_that_exist():
     names = [f"table{i}" for i in (1, 2, 3, 8, 9, 10, 11)] + [f"fig{i}" for i in range(1, 15)]
-    own = ["finetuning", "finetuning_replay", "full_size", "regenerated"]
+    own = ["finetuning", "finetuning_cql", "finetuning_replay", "full_size", "regenerated"]
     assert set(EXPERIMENTS) == {*names, "paper", *own} and len(TASKS) == 13
     plans = [*EXPERIMENTS.values(), *PICTURES.values()]
     assert {m for x in plans for m in x.methods} == set(METHODS)
@@ -84,6 +84,7 @@ def test_experiments_are_methods_and_tasks_that_exist():
         ("paper", f"{ENV},umaze-v2", 40),
         ("finetuning", "halfcheetah", 10),
         ("finetuning_replay", "v2", 8),
+        ("finetuning_cql", "v2", 5),
         ("regenerated", "v2", 8),
     ],
 )
