@@ -364,7 +364,7 @@ def record_page(name: str) -> str:
     return "\n".join([head, made_with(name, runs), *found])
 
 
-STUDY = "full_size", "finetuning", "finetuning_replay", "finetuning_cql"
+STUDY = "full_size", "finetuning", "finetuning_replay"
 
 
 def full_size_block() -> str:
@@ -445,6 +445,7 @@ def main():
     action.add_argument("folder", type=Path)
     action.add_argument("--until", type=int, metavar="STEP",
                         help="also of unfinished runs: cut all at this online step")  # fmt: skip
+    action.add_argument("--add", action="store_true", help="keep other runs that FOLDER has")
     action = actions.add_parser("pages", help="write the generated pages of this repository")
     action.add_argument("--check", action="store_true", help="write nothing, fail if they differ")
     args = parser.parse_args()
@@ -452,7 +453,7 @@ def main():
         if args.action == "show":
             print("\n".join(getattr(table, args.format)() for table in show(args)), end="")
         elif args.action == "collect":
-            write_records(args.runs_dir, args.folder, args.until)
+            write_records(args.runs_dir, args.folder, args.until, args.add)
         else:
             for path, text in pages().items():
                 stale = not path.exists() or path.read_text() != text

@@ -216,27 +216,37 @@ def read_records(path: Path) -> list[Record]:
 
 def csv_text(rows: list[dict]) -> str:
     """Rows as CSV with the union of their columns; floats to six digits, which halve the files."""
+
+    def short(x):
+        if not isinstance(x, float):
+            return x
+        return str(int(x)) if x.is_integer() else f"{x:.6g}"  # no 1e+06 of a setting
+
     text = io.StringIO()
     columns = list(dict.fromkeys(k for row in rows for k in row))
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
+        writer.writerow({k: short(x) for k, x in row.items()})
     return text.getvalue()
 
 
-def write_records(runs_dir: Path, folder: Path, until: int | None = None):
+def write_records(runs_dir: Path, folder: Path, until: int | None = None, add: bool = False):
     """Write runs.csv, eval.csv and train.csv (online rows) of the finished runs in a directory.
 
     With `until` of those that have reached this online step, as they were there. prepared.csv has
-    what the preparing runs of grid.py cost.
+    what the preparing runs of grid.py cost. With `add` other runs that the folder has are kept.
 
     Raises:
-        ValueError: there are no such runs.
+        ValueError: there are no such runs, or nothing to add to.
     """
     if not (records := read_runs(runs_dir, until=until)):
         which = "finished run" if until is None else f"run that has reached online step {until}"
         raise ValueError(f"{runs_dir} has no {which}")
+    if add:
+        new = {(r.method, r.env, r.seed) for r in records}
+        records += [r for r in read_records(folder) if (r.method, r.env, r.seed) not in new]
+        records.sort(key=lambda r: (r.method, r.env, r.seed))
     folder.mkdir(parents=True, exist_ok=True)
 
     def key(record: Record) -> dict:
@@ -257,12 +267,16 @@ def write_records(runs_dir: Path, folder: Path, until: int | None = None):
         else:  # train.csv of runs that were never online
             path.unlink(missing_ok=True)
     jobs = "command", "commit", "hardware", "seconds", "peak_memory_gb", "attempts"
-    if prepared := read_runs(runs_dir, preparing=True):
-        costs = [
-            {"prepared": r.method.removeprefix(PREPARING), "env": r.env, "seed": r.seed}
-            | {k: r.settings[k] for k in jobs if k in r.settings}
-            for r in prepared
-        ]
+    costs = [
+        {"prepared": r.method.removeprefix(PREPARING), "env": r.env, "seed": r.seed}
+        | {k: r.settings[k] for k in jobs if k in r.settings}
+        for r in read_runs(runs_dir, preparing=True)
+    ]
+    if add and (path := folder / "prepared.csv").exists():
+        new = [list(row.values())[:3] for row in costs]
+        costs += [row for row in read_rows(path) if list(row.values())[:3] not in new]
+        costs.sort(key=lambda row: list(row.values())[:3])
+    if costs:
         write(folder / "prepared.csv", csv_text(costs))
 
 

@@ -101,6 +101,38 @@ def test_runs_are_cut_where_all_of_them_have_been(tmp_path):
         records.write_records(runs, tmp_path / "records", until=40)
 
 
+def test_runs_of_another_machine_are_added(tmp_path):
+    """Two directories, one after the other, make the files of both together."""
+    job = {"commit": "12e4567", "hardware": "2 cores"}
+
+    def make(folder, seeds, score):
+        train = [{"phase": "online", "step": 1.0, "q_loss": 123456.5}]
+        more = {"online_iterations": 40, "eval_freq": 10, "max_exchange": 1_000_000}
+        found = [run("dare_iql", H, seed, [score] * 5, train, **more, **job) for seed in seeds]
+        prepared = [run("prepare_iql", H, seed, [1], online_iterations=0, **job) for seed in seeds]
+        return write_runs([*found, *prepared], tmp_path / folder)
+
+    make("both", [0, 10], 1.25), make("both", [2], 7.5)
+    records.write_records(tmp_path / "both", tmp_path / "expected")
+    folder = tmp_path / "records"
+    with pytest.raises(ValueError, match="has neither finished runs nor runs.csv"):
+        records.write_records(make("first", [0, 10, 2], 1.25), folder, add=True)
+    records.write_records(tmp_path / "first", folder)
+    records.write_records(make("second", [2], 7.5), folder, add=True)
+    assert {r.seed: r.last_four for r in records.read_records(folder)} == {
+        0: 1.25,
+        10: 1.25,
+        2: 7.5,
+    }
+    for name in ("runs", "eval", "train", "prepared"):
+        lines = [
+            (x / f"{name}.csv").read_text().splitlines() for x in (folder, tmp_path / "expected")
+        ]
+        assert sorted(lines[0]) == sorted(lines[1])
+        assert lines[0][0] == lines[1][0] and lines[0].count(lines[0][1]) == 1
+    assert ",1000000," in (folder / "runs.csv").read_text()
+
+
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(ValueError, match="has neither finished runs nor runs.csv"):
         records.read_records(tmp_path)
@@ -130,4 +162,4 @@ def test_matched_runs_share_seed_origin_and_steps():
 
 def test_floats_are_written_to_six_digits():
     text = records.csv_text([{"a": 1 / 3, "b": 7}, {"a": np.float64(2e9), "c": "x"}])
-    assert text == "a,b,c\n0.333333,7,\n2e+09,,x\n"
+    assert text == "a,b,c\n0.333333,7,\n2000000000,,x\n"  # a whole number stays one
