@@ -364,7 +364,7 @@ def record_page(name: str) -> str:
     return "\n".join([head, made_with(name, runs), *found])
 
 
-STUDY = "full_size", "finetuning", "finetuning_replay"
+STUDY = "full_size", "finetuning", "finetuning_replay", "finetuning_cql"
 
 
 def full_size_block() -> str:
