@@ -99,6 +99,9 @@ METHODS = {
     "dare_cql": Method("DARE-C", "#AA3377", "dare_cql"),
     "dare_cql_n16": Method("DARE-C, n = 16", "#44AA99", "dare_cql", {"max_exchange": 16}),
     "dare_cql_uncapped": Method("DARE-C, n = ∞", "#999933", "dare_cql", {"max_exchange": 10**6}),
+    "dare_cql_random": Method(
+        "DARE-C, random exchange", "#BBBB00", "dare_cql", {"exchange": "random"}
+    ),
     "dare_cql_direct": Method("DARE-C, direct", "#332288", "dare_cql", {"exchange": "direct"}),
     "dare_cql_no_guidance": Method(
         "DARE-C, no guidance", "#DDAA33", "dare_cql", {"guidance_scale": 0}
@@ -253,7 +256,9 @@ FULL_SIZE = replace(
 FINETUNING_CQL = replace(
     FINETUNING,
     title="Fine-tuning of the CQL group from a replay buffer, with small networks",
-    parts=[("cal_ql dare_cql_no_exchange dare_cql", ["halfcheetah-medium-replay-v2"])],
+    parts=[
+        ("cal_ql dare_cql_no_exchange dare_cql_random dare_cql", ["halfcheetah-medium-replay-v2"])
+    ],
     seeds=(0, 1, 2),
     configs={
         "cal_ql": "results/finetuning_cql.yaml",
