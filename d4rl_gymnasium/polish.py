@@ -1,7 +1,7 @@
 """Raises the return of a shipped expert by a search over its weights (development only).
 
     python -m d4rl_gymnasium.polish --env walker2d-expert-v2 --minutes 30
-    python -m d4rl_gymnasium.polish --env halfcheetah-expert-v2 --over weights --spread 0.003
+    python -m d4rl_gymnasium.polish --env halfcheetah-expert-v2 --over weights
 
 Where the gradient of an actor-critic method has come to rest, a cross-entropy search still finds
 better gains: a factor for each observation, a factor and an offset for each action. Each round
@@ -37,8 +37,6 @@ PATIENCE = 5
 JUDGED_BY = 30
 # Looked at as well: a part of the way to the centre of the search, where the ground is firmer.
 PARTS = (1.0, 0.85, 0.7)
-
-
 # Of the search over weights: pairs of mirrored candidates a round, the length of a step in units of
 # the spread, the memory of the gradient, and that of the average of the points gone through.
 PAIRS, STEP, MOMENTUM, AVERAGE = 16, 0.1, 0.9, 0.95
@@ -169,7 +167,9 @@ def polish(args):
     env = gymnasium.make(args.env)
     robot, variant = task(args.env).robot, args.env.removesuffix("-v2").split("-", 1)[1]
     policy = BehaviorPolicy.load(POLICIES / f"{robot}-{variant}.npz")
-    search = SEARCHES[args.over](policy, env, args.spread, args.episodes, args.noise, args.seed)
+    options = {"spread": args.spread, "episodes": args.episodes, "noise": args.noise}
+    given = {name: value for name, value in options.items() if value is not None}
+    search = SEARCHES[args.over](policy, env, seed=args.seed, **given)
 
     def judged(policy):
         return episode_returns(policy, env, JUDGED_BY, EVALUATION_SEED, stochastic=True).mean()
@@ -196,10 +196,8 @@ def main(args=None):
     parser.add_argument("--env", required=True, help="expert task, such as hopper-expert-v2")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--over", choices=list(SEARCHES), default="gains")
-    parser.add_argument(
-        "--spread", type=float, default=0.05, help="of the first gains, or of weights"
-    )
-    parser.add_argument("--episodes", type=int, default=2, help="to judge a candidate by")
+    parser.add_argument("--spread", type=float, help="first one; gains: 0.05, weights: 0.003")
+    parser.add_argument("--episodes", type=int, help="of a candidate; gains: 2, weights: 1")
     parser.add_argument("--noise", type=float, default=1.0, help="factor of the policy's noise")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(args)

@@ -272,10 +272,14 @@ def write_records(runs_dir: Path, folder: Path, until: int | None = None, add: b
         | {k: r.settings[k] for k in jobs if k in r.settings}
         for r in read_runs(runs_dir, preparing=True)
     ]
-    if add and (path := folder / "prepared.csv").exists():
-        new = [list(row.values())[:3] for row in costs]
-        costs += [row for row in read_rows(path) if list(row.values())[:3] not in new]
-        costs.sort(key=lambda row: list(row.values())[:3])
+    if add:
+
+        def what(row: dict) -> tuple:
+            return row["prepared"], row["env"], row["seed"]
+
+        new = set(map(what, costs))
+        costs += [row for row in read_rows(folder / "prepared.csv") if what(row) not in new]
+        costs.sort(key=what)
     if costs:
         write(folder / "prepared.csv", csv_text(costs))
 

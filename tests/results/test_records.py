@@ -112,7 +112,8 @@ def test_runs_of_another_machine_are_added(tmp_path):
         prepared = [run("prepare_iql", H, seed, [1], online_iterations=0, **job) for seed in seeds]
         return write_runs([*found, *prepared], tmp_path / folder)
 
-    make("both", [0, 10], 1.25), make("both", [2], 7.5)
+    make("both", [0, 10], 1.25)
+    make("both", [2], 7.5)
     records.write_records(tmp_path / "both", tmp_path / "expected")
     folder = tmp_path / "records"
     with pytest.raises(ValueError, match="has neither finished runs nor runs.csv"):
