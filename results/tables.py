@@ -443,6 +443,8 @@ def main():
     action = actions.add_parser("collect", help="write the records of finished runs")
     action.add_argument("runs_dir", type=Path)
     action.add_argument("folder", type=Path)
+    action.add_argument("--experiment", choices=EXPERIMENTS, metavar="NAME",
+                        help="only runs of this one of grid.py's experiments")  # fmt: skip
     action.add_argument("--until", type=int, metavar="STEP",
                         help="also of unfinished runs: cut all at this online step")  # fmt: skip
     action.add_argument("--add", action="store_true", help="keep other runs that FOLDER has")
@@ -453,7 +455,8 @@ def main():
         if args.action == "show":
             print("\n".join(getattr(table, args.format)() for table in show(args)), end="")
         elif args.action == "collect":
-            write_records(args.runs_dir, args.folder, args.until, args.add)
+            experiment = EXPERIMENTS.get(args.experiment)
+            write_records(args.runs_dir, args.folder, args.until, args.add, experiment)
         else:
             for path, text in pages().items():
                 stale = not path.exists() or path.read_text() != text

@@ -153,6 +153,15 @@ class Experiment:
         """All tasks, each once."""
         return list(dict.fromkeys(task for _, tasks in self.parts for task in tasks))
 
+    def has(self, method: str, env: str) -> bool:
+        """Whether it runs this method on this task, with whatever seeds."""
+        return any(method in part.split() and env in tasks for part, tasks in self.parts)
+
+    def needs(self, name: str, env: str) -> bool:
+        """Whether one of its runs starts from what prepare_NAME made."""
+        methods = {m: METHODS[m] for m in self.methods if self.has(m, env)}
+        return any(name in (m, method.agent, method.script) for m, method in methods.items())
+
 
 def _group(title: str, methods: str, tasks, **more) -> Experiment:
     """Methods with a bar between groups, all on the same tasks."""

@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from d4rl_gymnasium.files import write
+from lib.experiments import Experiment
 
 KEY = "method", "env", "seed"  # before the columns of the scripts' eval.csv and train.csv
 # Settings that are text whatever they look like: a commit can be 4829103 or 12e4567.
@@ -231,18 +232,32 @@ def csv_text(rows: list[dict]) -> str:
     return text.getvalue()
 
 
-def write_records(runs_dir: Path, folder: Path, until: int | None = None, add: bool = False):
+def write_records(
+    runs_dir: Path,
+    folder: Path,
+    until: int | None = None,
+    add: bool = False,
+    experiment: Experiment | None = None,
+):
     """Write runs.csv, eval.csv and train.csv (online rows) of the finished runs in a directory.
 
     With `until` of those that have reached this online step, as they were there. prepared.csv has
     what the preparing runs of grid.py cost. With `add` other runs that the folder has are kept.
+    With `experiment` the directory may have the runs of others too.
 
     Raises:
         ValueError: there are no such runs, or nothing to add to.
     """
-    if not (records := read_runs(runs_dir, until=until)):
+    records, prepared = read_runs(runs_dir, until=until), read_runs(runs_dir, preparing=True)
+    if experiment:
+        records = [r for r in records if experiment.has(r.method, r.env)]
+        prepared = [
+            r for r in prepared if experiment.needs(r.method.removeprefix(PREPARING), r.env)
+        ]
+    if not records:
         which = "finished run" if until is None else f"run that has reached online step {until}"
-        raise ValueError(f"{runs_dir} has no {which}")
+        of = f" of {experiment.title!r}" if experiment else ""
+        raise ValueError(f"{runs_dir} has no {which}{of}")
     if add:
         new = {(r.method, r.env, r.seed) for r in records}
         records += [r for r in read_records(folder) if (r.method, r.env, r.seed) not in new]
@@ -270,7 +285,7 @@ def write_records(runs_dir: Path, folder: Path, until: int | None = None, add: b
     costs = [
         {"prepared": r.method.removeprefix(PREPARING), "env": r.env, "seed": r.seed}
         | {k: r.settings[k] for k in jobs if k in r.settings}
-        for r in read_runs(runs_dir, preparing=True)
+        for r in prepared
     ]
     if add:
 

@@ -6,6 +6,7 @@ import yaml
 from synthetic import HC, H, flat, run, write_runs
 
 from lib import records
+from lib.experiments import EXPERIMENTS
 
 
 @pytest.fixture
@@ -132,6 +133,25 @@ def test_runs_of_another_machine_are_added(tmp_path):
         assert sorted(lines[0]) == sorted(lines[1])
         assert lines[0][0] == lines[1][0] and lines[0].count(lines[0][1]) == 1
     assert ",1000000," in (folder / "runs.csv").read_text()
+
+
+def test_one_experiment_is_collected_of_a_directory_with_several(tmp_path):
+    mine, other = "halfcheetah-medium-replay-v2", "halfcheetah-medium-v2"
+    names = ("iql", mine), ("dare_iql", mine), ("dare_iql", other), ("pex", mine), ("cal_ql", mine)
+    for method, env in names:
+        write_runs([run(method, env, 7, [1] * 5)], tmp_path / "runs")
+    for name, env in (("iql", mine), ("iql", other), ("dare_iql", mine), ("cal_ql", mine)):
+        prepared = run(f"prepare_{name}", env, 0, [1], online_iterations=0, commit="12e4567")
+        write_runs([prepared], tmp_path / "runs")
+    experiment, folder = EXPERIMENTS["full_size"], tmp_path / "records"
+    records.write_records(tmp_path / "runs", folder, experiment=experiment)
+    found = [(r.method, r.env, r.seed) for r in records.read_records(folder)]
+    assert found == [("dare_iql", mine, 7), ("iql", mine, 7)]
+    found = [(x["prepared"], x["env"]) for x in records.read_rows(folder / "prepared.csv")]
+    assert found == [("dare_iql", mine), ("iql", mine)]
+    experiment = EXPERIMENTS["table3"]
+    with pytest.raises(ValueError, match="has no finished run of 'Ten updates a step"):
+        records.write_records(tmp_path / "runs", folder, experiment=experiment)
 
 
 def test_what_is_missing_is_said(tmp_path):
