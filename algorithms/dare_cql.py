@@ -5,7 +5,7 @@ is algorithms/cal_ql.py plus what is marked `# DARE`.
 
 Cal-QL is Nakamoto et al. (2023); --calibrated false --name cql runs CQL, Kumar et al. (2020).
 Online, each batch is half offline and half online data. Equations and tables are the DARE paper's,
-names and their order CORL's: algorithms/README.md lists what differs from its file on purpose.
+names and their order CORL's: algorithms/README.md lists what differs from CORL on purpose.
 """
 
 import math
@@ -53,7 +53,7 @@ UNFINISHED = -math.inf  # Monte-Carlo return of a row until its episode ends: a 
 
 @dataclass
 class TrainConfig:
-    """All settings; those without a default here get it from PRESETS, by task."""
+    """All settings; those that are None here get their value from PRESETS, by task."""
 
     # Experiment
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
@@ -72,9 +72,9 @@ class TrainConfig:
     load_model: str = ""  # offline.pt of an earlier run, to start fine-tuning from
     runs_dir: str = "runs"  # a run writes runs_dir/name/env/seed_N
     log_freq: int = 1_000  # steps between rows of train.csv, which are means over them
-    checkpoint_freq: int = 10_000  # steps between checkpoints; at most ten minutes
-    threads: int = 1  # CPU threads: two runs of one thread beat one run of two
-    precision: str = "fp32"  # of the networks' products: fp32 or bf16
+    checkpoint_freq: int = 10_000  # steps between checkpoints, or ten minutes if that comes first
+    threads: int = 1  # CPU threads; two runs of one thread are faster than one of two
+    precision: str = "fp32"  # of the networks' matrix products: fp32 or bf16
     compile: bool = False  # compile the updates; needs a C++ compiler
     cuda_graph: bool = False  # on CUDA, replay each update as one graph
     # Cal-QL
@@ -84,17 +84,17 @@ class TrainConfig:
     qf_lr: float = 3e-4  # learning rate of Q and the Lagrange multiplier, Table 4
     soft_target_update_rate: float = 0.005  # rate of the target network, Table 4
     calibrated: bool = True  # true is Cal-QL, false is CQL
-    calibrated_online: bool = False  # keep the calibration online (Sec. 3.2: plain CQL penalty)
+    calibrated_online: bool = False  # max with V^nu online too; false as in Sec. 3.2 and CORL
     cql_alpha: float = None  # weight of R in Eq. 1, offline, Table 4
     cql_alpha_online: float = None  # weight of R in Eq. 1, online, Table 4
     cql_n_actions: int = 10  # actions of each kind in R, and under the max of the backup (CORL)
-    cql_lagrange: bool = None  # learn a factor of R by dual descent, Table 4
-    cql_target_action_gap: float = None  # R that this factor aims at, Table 4
+    cql_lagrange: bool = None  # learn a Lagrange multiplier of R by dual descent, Table 4
+    cql_target_action_gap: float = None  # value of R that this multiplier aims at, Table 4
     cql_temp: float = 1.0  # temperature of R's logsumexp, Table 4
     cql_max_target_backup: bool = None  # max over drawn actions in the target, Table 4
     cql_clip_diff_min: float = -200.0  # lower bound of R on a row, Table 4
     normalize: bool = None  # standardize observations, Table 4
-    normalize_reward: bool = None  # Table 4; locomotion: 1000 r / range of returns
+    normalize_reward: bool = None  # locomotion: 1000 r / range of returns; none on AntMaze; Table 4
     hidden_dim: int = 256  # units of a hidden layer, Table 4
     q_n_hidden_layers: int = None  # hidden layers of Q, Table 4
     policy_n_hidden_layers: int = 3  # hidden layers of the policy (CORL)
@@ -104,13 +104,13 @@ class TrainConfig:
     is_sparse_reward: bool = None  # the return of a failed episode is r / (1 - gamma), Table 4
     # DARE
     exchange: str = "gaussian"  # gaussian (Eqs. 8 to 10), direct (Sec. 7.5), random or none
-    max_exchange: int = 32  # n of Eq. 10, the pairs at most, App. B.1
-    online_loss: str = "td"  # of online-like rows: td (Eq. 14: no R) or none (R, as in Cal-QL)
+    max_exchange: int = 32  # n of Eq. 10, most pairs of an update, App. B.1; 128 is no cap
+    online_loss: str = "td"  # online-like rows: td (Eq. 14, without R) or none: Cal-QL's, with R
     align: str = "gaussian_kl"  # reading of Eq. 7: gaussian_kl or softmax_kl
     # Behavior diffusion
-    reference: str = "guided"  # guided sampling (Eq. 6), or resample: support actions drawn by Q
+    reference: str = "guided"  # guided (Eq. 6) or resample (support actions, by softmax of Q)
     n_reference: int = 1  # reference actions per state
-    guidance_scale: float = None  # s, Table 7; 0 is the ablation of Sec. 7.6
+    guidance_scale: float = None  # s, Table 7; 0 is the ablation of App. F
     diffusion_steps: int = 10  # solver steps of a reference action (CEP: 15 of a coarser solver)
     behavior_seed: int = 0  # of the behavior model: one model serves every --seed
     behavior_iterations: int = 600_000  # updates of the behavior model, App. B.5
@@ -119,7 +119,7 @@ class TrainConfig:
     behavior_lr_decay: bool = False  # warm-up and cosine decay of it (fast_behavior.yaml)
     behavior_width: int = 512  # units of its widest layer (CEP)
     n_support: int = None  # K, support actions per state of Eq. 34 (CEP)
-    n_support_states: int = 0  # dataset states that get support actions; 0 (and resample) is all
+    n_support_states: int = 0  # dataset states with support actions; 0 is all, as is resample
     energy_hidden: int = 256  # units of a hidden layer of f_phi, App. B.5
     energy_beta: float = 3.0  # beta_E of Eq. 34 (CEP)
     energy_normalize: bool = True  # Q in units of its running mean spread over the K actions
@@ -149,13 +149,13 @@ class TrainConfig:
             raise ValueError("--online_iterations must be 0, or above --initial_collection_steps")
         self.n_offline = round(self.batch_size * self.mixing_ratio)  # these rows stand first
         if not 0 < self.n_offline < self.batch_size:
-            raise ValueError(f"--mixing_ratio {self.mixing_ratio} leaves half of the batch empty")
+            raise ValueError(f"--mixing_ratio {self.mixing_ratio} leaves one half without rows")
         if self.cql_temp == 0:
             raise ValueError("--cql_temp must be above 0")
         if self.is_sparse_reward and self.discount == 1:
             raise ValueError("--is_sparse_reward needs a --discount below 1")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda, but torch sees no CUDA device: take --device cpu")
+            raise ValueError("--device cuda, but torch sees no CUDA device: use --device cpu")
         if self.compile and not shutil.which(os.environ.get("CXX", "g++")):
             raise ValueError("--compile needs a C++ compiler: install g++ or set CXX")
 
@@ -185,7 +185,7 @@ OFFLINE_FIELDS += ("cql_max_target_backup", "cql_clip_diff_min", "normalize", "n
 OFFLINE_FIELDS += ("hidden_dim", "q_n_hidden_layers", "policy_n_hidden_layers")
 OFFLINE_FIELDS += ("reward_scale", "reward_bias", "is_sparse_reward")  # --load_model must agree
 PANELS = {"d4rl_normalized_score": "normalized score", "q": "mean Q"}  # of curve.png
-# DARE: App. B.1, App. B.5 and Table 7
+# DARE: CEP (n_support) and Table 7
 PRESETS["locomotion"] |= dict(n_support=16, guidance_scale=3.0)
 PRESETS["antmaze"] |= dict(n_support=32, guidance_scale=3.0)
 GUIDANCE_SCALE = {
@@ -201,6 +201,7 @@ GUIDANCE_SCALE = {
     "antmaze-umaze-v2": 3.0,
     "antmaze-medium-play-v2": 4.0,
     "antmaze-umaze-diverse-v2": 1.0,
+    "antmaze-medium-diverse-v2": 3.0,
 }
 PRESETS |= {k: PRESETS.get(k, {}) | dict(guidance_scale=s) for k, s in GUIDANCE_SCALE.items()}
 CHOICES |= {"exchange": ("gaussian", "direct", "random", "none")}
@@ -222,11 +223,11 @@ class ReplayBuffer:
 
     def __init__(self, state_dim: int, action_dim: int, buffer_size: int, device: str = "cpu"):
         a, r, n = state_dim, state_dim + action_dim, 2 * state_dim + action_dim + 1
-        width = n + len(TensorBatch._fields) - 4  # columns from n on are the last fields' numbers
+        width = n + len(TensorBatch._fields) - 4  # from column n on, a column each
         self._columns = [slice(a), slice(a, r), r, slice(r + 1, n), *range(n, width)]
         self._data = torch.zeros(buffer_size, width, device=device)
         self.size = torch.zeros((), dtype=torch.int64, device=device)
-        self._pointer = 0  # size as a number
+        self._pointer = 0  # size as a Python int
 
     def load_d4rl_dataset(self, data: dict[str, np.ndarray]):
         """Append the columns of a dataset."""
@@ -234,22 +235,22 @@ class ReplayBuffer:
         self._append(torch.from_numpy(np.concatenate(columns, 1)))
 
     def add_transition(self, *transition):
-        """Append one transition: the values of a TensorBatch's row."""
+        """Append one transition, its values in the order of TensorBatch."""
         self._append(torch.from_numpy(np.hstack(transition)[None]))
 
     def _append(self, rows: torch.Tensor):
         start, self._pointer = self._pointer, self._pointer + len(rows)
-        self._data[start : self._pointer] = rows
+        self._data.narrow(0, start, len(rows)).copy_(rows)  # an error if the buffer is full
         self.size.fill_(self._pointer)
 
     def rows(self, index: torch.Tensor | slice) -> TensorBatch:
-        """The rows with the given numbers."""
+        """The rows at the given indices."""
         rows = self._data[index]
         return TensorBatch(*(rows[:, column] for column in self._columns))
 
     def draw(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Numbers [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
-        # The size is on the device, so that a CUDA graph draws from rows that come after it.
+        """Indices [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
+        # The size is a tensor, so that a replayed CUDA graph draws rows added after its capture.
         draws = torch.randint(1 << 62, (batch_size,), device=self._data.device)
         return draws % (self.size if n_rows is None else n_rows)
 
@@ -268,7 +269,7 @@ class ReplayBuffer:
 
 
 def eval_actor(envs: gym.vector.VectorEnv, trainer, n_episodes: int, seed: int) -> np.ndarray:
-    """Returns [n_episodes] of the mean policy, an episode in each environment."""
+    """Returns [n_episodes] of the mean policy, one episode per environment."""
     states, _ = envs.reset(seed=seed)
     returns, running = np.zeros(n_episodes), np.ones(n_episodes, bool)
     while running.any():
@@ -287,7 +288,7 @@ def return_reward_range(dataset: dict) -> tuple[float, float]:
 
 
 def discounted_returns(rewards: np.ndarray, config: TrainConfig) -> np.ndarray:
-    """Monte-Carlo returns [T] of an episode, which counts as ended where it was cut short."""
+    """Monte-Carlo returns [T] of an episode; a truncated one counts as ended."""
     if config.is_sparse_reward and (rewards == np.float32(config.reward_bias)).all():
         return rewards / (1 - config.discount)  # the goal was never reached
     returns = []
@@ -303,7 +304,7 @@ def get_return_to_go(dataset: dict, config: TrainConfig) -> np.ndarray:
 
 
 def finish_episode(buffer: ReplayBuffer, config: TrainConfig):
-    """Write the Monte-Carlo returns of the episode that has just ended, the buffer's last."""
+    """Fill in the Monte-Carlo returns of the episode that just ended, the buffer's last rows."""
     batch = buffer.rows(slice(int(buffer.size)))  # a slice of rows is a view
     start = int((batch.mc_returns != UNFINISHED).sum())
     returns = discounted_returns(batch.rewards[start:].cpu().numpy(), config)
@@ -311,12 +312,12 @@ def finish_episode(buffer: ReplayBuffer, config: TrainConfig):
 
 
 def modify_reward(dataset: dict, config: TrainConfig) -> tuple[float, float]:
-    """Scale and shift the dataset's rewards; returns both, for the online ones."""
+    """Scale and shift the dataset's rewards; returns (scale, shift) for the online rewards."""
     scale, shift = config.reward_scale, config.reward_bias
     if config.normalize_reward and d4rl.task(config.env).family != "antmaze":
         min_ret, max_ret = return_reward_range(dataset)
         if min_ret == max_ret:
-            sys.exit("error: all episodes have the same return: take --normalize_reward false")
+            sys.exit("error: all episodes have the same return: use --normalize_reward false")
         scale *= 1000.0 / (max_ret - min_ret)
     dataset["rewards"] = dataset["rewards"] * scale + shift
     return scale, shift
@@ -354,7 +355,7 @@ class MLP(nn.Module):
 
 
 class TanhGaussian(NamedTuple):
-    """Gaussians of actions, each [B, A], to be squashed by tanh."""
+    """Mean and log_std, each [B, A], of Gaussians whose samples are squashed by tanh."""
 
     mean: torch.Tensor
     log_std: torch.Tensor
@@ -428,7 +429,7 @@ class CalQL:
         self.qf = BatchedTwinQ(*dims, config.q_n_hidden_layers).to(device)
         self.actor = TanhGaussianPolicy(*dims, config.policy_n_hidden_layers).to(device)
         self.q_target = deepcopy(self.qf).requires_grad_(False)
-        # Logs of the entropy's temperature and of R's factor, which starts at e or stays 1 (CORL)
+        # Logs of the entropy temperature and of R's Lagrange multiplier: e at first, or 1 (CORL)
         log_alpha = nn.Parameter(torch.tensor(0.0))
         log_alpha_prime = nn.Parameter(torch.tensor(1.0 if config.cql_lagrange else 0.0))
         log_alpha_prime.requires_grad_(config.cql_lagrange)
@@ -444,7 +445,7 @@ class CalQL:
         self.total_it = torch.zeros((), dtype=torch.int64, device=device)
 
     def standardize(self, observations: np.ndarray):
-        """Let the networks standardize observations, by the mean and spread of these [N, S]."""
+        """Let the networks standardize observations by the mean and deviation of these [N, S]."""
         for net in (self.qf, self.q_target, self.actor):
             net.mean.copy_(torch.from_numpy(observations.mean(0)))
             net.std.copy_(torch.from_numpy(observations.std(0) + 1e-3))  # the floor is CORL's
@@ -477,20 +478,20 @@ class CalQL:
         n_rows, action_dim = batch.actions.shape
         with torch.no_grad():
             uniform = 2.0 * torch.rand(n_rows, n, action_dim, device=config.device) - 1.0
-            (now, log_now), (then, log_then) = policy.sample(n), next_policy.sample(n)
-            actions = torch.cat([uniform, now, then], 1)
-            log_uniform = torch.full_like(log_now, math.log(0.5) * action_dim)
-            log_density = torch.cat([log_uniform, log_now, log_then], 1)
+            (pi, log_pi), (next_pi, log_next_pi) = policy.sample(n), next_policy.sample(n)
+            actions = torch.cat([uniform, pi, next_pi], 1)
+            log_uniform = torch.full_like(log_pi, math.log(0.5) * action_dim)
+            log_density = torch.cat([log_uniform, log_pi, log_next_pi], 1)
         q_drawn = self.qf.both(extend_and_repeat(batch.observations, 1, 3 * n), actions)
         if config.calibrated and (config.calibrated_online or not self.online):
             # max(Q, V^nu(s)) on the policy's actions, not on the uniform ones (CORL)
             of_policy = torch.maximum(q_drawn[..., n:], batch.mc_returns[:, None])
             q_drawn = torch.cat([q_drawn[..., :n], of_policy], -1)
-        soft_max = config.cql_temp * torch.logsumexp((q_drawn - log_density) / config.cql_temp, -1)
-        return (soft_max - q).clamp(min=config.cql_clip_diff_min)
+        q_ood = config.cql_temp * torch.logsumexp((q_drawn - log_density) / config.cql_temp, -1)
+        return (q_ood - q).clamp(min=config.cql_clip_diff_min)
 
     def q_loss(self, batch: TensorBatch, policy: TanhGaussian, next_policy: TanhGaussian) -> tuple:
-        """TD term and alpha R (with Lagrange, less the gap), each summed over both Q; mean Q.
+        """TD loss and alpha R, or alpha (R - gap) with Lagrange, each summed over both Q; mean Q.
 
         Eq. 1 with the TD term of Eq. 14 and CORL, without 1/2: Table 4's alpha is on this scale.
         """
@@ -515,17 +516,17 @@ class CalQL:
         with torch.no_grad():
             next_policy = self.actor(batch.next_observations)
         policy_loss, log_pi = self.policy_loss(batch, policy)
-        q_loss, regularizer, q = self.q_loss(batch, policy, next_policy)
+        td_loss, regularizer, q = self.q_loss(batch, policy, next_policy)
         alpha_loss = -(self.factors["log_alpha"] * (log_pi + self.target_entropy)).mean()
         alpha_prime = self.factors["log_alpha_prime"].exp().clamp(max=ALPHA_PRIME_MAX)
         alpha_prime_loss = -0.5 * alpha_prime * regularizer.detach()  # mean over both Q (CORL)
-        qf_loss = q_loss + alpha_prime.detach() * regularizer
-        # They share no parameter: the gradient of their sum is that of each.
+        qf_loss = td_loss + alpha_prime.detach() * regularizer
+        # The losses share no parameters, so the gradient of the sum is each loss's own.
         self.optimizer.zero_grad(set_to_none=True)
         (qf_loss + policy_loss + alpha_loss + alpha_prime_loss).backward()
         log_dict = {"policy_loss": policy_loss, "log_pi": log_pi.mean()}
         log_dict |= {"alpha": self.factors["log_alpha"].exp(), "alpha_prime": alpha_prime}
-        log_dict |= {"q_loss": q_loss, "regularizer": regularizer, "q": q}
+        log_dict |= {"q_loss": td_loss, "regularizer": regularizer, "q": q}
         self.optimizer.step()
         soft_update(self.q_target, self.qf, self.config.soft_target_update_rate)
         self.total_it += 1
@@ -560,16 +561,16 @@ class CalQL:
 
 
 # --- Alignment and exchange (DARE) ---
-# DARE: Eqs. 7 to 10. Lines 4 to 10 of Algorithm 1, which call them, are dare_update in train().
+# DARE: Eqs. 7 to 10. dare_update in train(), lines 5 to 10 of Algorithm 1, calls them.
 
 
 def alignment_score(
     actions: torch.Tensor, reference_actions: torch.Tensor, align: str = "gaussian_kl"
 ) -> torch.Tensor:
-    """Distance of actions [B, A] from R reference actions [B, R, A] each, Eq. 7; [B].
+    """KL divergence of actions [B, A] from each of n reference actions [B, n, A], Eq. 7; [B].
 
-    gaussian_kl takes actions for the means of Gaussians with covariance I, softmax_kl for the
-    logits of categorical distributions. R > 1 is the soft minimum -log mean exp(-KL).
+    gaussian_kl takes actions as means of Gaussians with covariance I, softmax_kl as logits of
+    categorical distributions. With n > 1: the soft minimum -log mean exp(-KL).
     """
     if align == "gaussian_kl":
         divergence = 0.5 * (actions[:, None] - reference_actions).square().sum(-1)
@@ -582,12 +583,12 @@ def alignment_score(
 def separation_point(offline_scores: torch.Tensor, online_scores: torch.Tensor) -> torch.Tensor:
     """Where the Gaussians fitted to the two halves' scores cross, Eqs. 8 and 9; a 0-d tensor.
 
-    The root between the means, of which there is at most one; else their midpoint.
+    The root between the means (there is at most one), otherwise their midpoint.
     """
     x, y = offline_scores.double(), online_scores.double()
     mean, variance = x.mean(), x.var(correction=0)
     distance, variance_on = y.mean() - mean, y.var(correction=0)
-    # Eq. 9 in u = separation - mu_offline is a u^2 + 2 h u + c = 0.
+    # Eq. 9 in u = separation - mu_offline is a u^2 + 2 h u + c = 0; q avoids cancellation.
     a, h = variance_on - variance, variance * distance
     c = -variance * (distance**2 + variance_on * torch.log(variance_on / variance))
     q = -(h + torch.copysign((h**2 - a * c).sqrt(), h))
@@ -599,14 +600,14 @@ def separation_point(offline_scores: torch.Tensor, online_scores: torch.Tensor) 
 
 
 def count_misplaced(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """M of Eq. 10 of offline (x) and online (y) scores, without a cap; and the separation point."""
+    """M of Eq. 10 before the cap n, and the separation point; x: offline, y: online scores."""
     separation = separation_point(x, y)
     return torch.minimum((x >= separation).sum(), (y < separation).sum()), separation
 
 
 def score_statistics(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Do scores tell offline rows (x) from online ones (y)? To log: the Gaussians of Eq. 8, the
-    share of pairs in which the offline score is the lower one, and M under permuted labels.
+    """To log: AUC (the share of pairs whose offline score x is below the online score y), the
+    Gaussians of Eq. 8, and M before the cap with the labels offline and online permuted.
     """
     permuted = torch.cat([x, y])[torch.rand(len(x) + len(y), device=x.device).argsort()]
     by_chance, _ = count_misplaced(permuted[: len(x)], permuted[len(x) :])
@@ -627,7 +628,7 @@ def exchange(
     lowest-scored online rows below it, Eq. 10; returns both batches, M and the point.
     """
     exchanged, separation = count_misplaced(offline_scores, online_scores)
-    exchanged = exchanged.clamp(max=max_exchange).floor()
+    exchanged = exchanged.clamp(max=max_exchange)
     if at_random:  # the control: as many rows, whatever their scores
         offline_scores = torch.rand_like(offline_scores)
         online_scores = torch.rand_like(online_scores)
@@ -649,10 +650,9 @@ def direct_exchange(
     """Sec. 7.5: the lowest-scored rows of the whole batch become the offline half; returns both
     batches, how many rows changed sides, and the score at the cut.
     """
-    n, scores = len(offline_scores), torch.cat([offline_scores, online_scores])
-    index = scores.argsort(stable=True)
-    cut = scores.gather(0, index[n : n + 1]).squeeze()
-    return *regroup(offline_batch, online_batch, index), (index[:n] >= n).sum(), cut
+    n = len(offline_scores)
+    scores, index = torch.cat([offline_scores, online_scores]).sort(stable=True)
+    return *regroup(offline_batch, online_batch, index), (index[:n] >= n).sum(), scores[n]
 
 
 def regroup(
@@ -666,12 +666,12 @@ def regroup(
 
 # --- Run directory, precision and CUDA graphs: nothing of the algorithm from here to train() ---
 
-# Settings that may change when a run goes on
+# Settings that may change when a run is resumed
 FREE = ("device", "threads", "online_iterations", "runs_dir", "name", "project", "wandb")
 
 
 class Run:
-    """Files of a run in runs_dir/name/env/seed_N; all are written from checkpoint.pt."""
+    """Files of a run in runs_dir/name/env/seed_N; checkpoint.pt has all that resuming needs."""
 
     def __init__(self, config: TrainConfig):
         self.config, self.settings = config, {**asdict(config), "script": Path(__file__).stem}
@@ -680,9 +680,8 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock", timeout=0)
         self.checkpoint = {"phase": "offline", "rows": {}, "sums": {}, "n_sums": 0, "wandb": None}
-        self.source = digest(__file__)  # to say when a run goes on with an edited script
+        self.source = digest(__file__)  # to say when a run is resumed with an edited script
         self.n_steps = 0  # since the last row of train.csv
-        self.clock = self.last_save = time.perf_counter()
 
     def start(self):
         """With the lock held: read the checkpoint, write config.yaml and start wandb."""
@@ -693,14 +692,14 @@ class Run:
                 old, new = state["settings"], self.settings
                 if other := [k for k in new | old if k not in FREE and new.get(k) != old.get(k)]:
                     names = ", ".join(other)
-                    sys.exit(f"error: {self.dir} is of another {names}: take another --name")
+                    sys.exit(f"error: {self.dir} was run with another {names}: use another --name")
                 phase, step, last = state["phase"], state["step"], config.offline_iterations
                 if phase == "online":
                     last = len(state["online_buffer"]["rows"])
                 if phase not in ("offline", "online") or not 0 <= step <= last:
-                    raise ValueError(f"{phase} step {step:,} cannot be")
+                    raise ValueError(f"{phase} step {step:,} is impossible")
                 if phase == "online" and step >= config.online_iterations:
-                    sys.exit(f"error: {self.dir} is finished: take another --seed or --name")
+                    sys.exit(f"error: {self.dir} is finished: use another --seed or --name")
         self.rows, self.n_sums = self.checkpoint["rows"], self.checkpoint["n_sums"]
         self.sums = {name: x.to(config.device) for name, x in self.checkpoint["sums"].items()}
         settings = {k: v for k, v in asdict(config).items() if k not in ("name", "runs_dir")}
@@ -709,6 +708,7 @@ class Run:
             config.wandb, project=config.project, group=f"{config.name}-{config.env}",
             id=self.checkpoint["wandb"], dir=self.dir, config=settings,
         )  # fmt: skip
+        self.clock = self.last_save = time.perf_counter()
 
     def add(self, log_dict: dict[str, torch.Tensor]):
         """Sum what an update logs, on the device; its names are the same throughout a phase."""
@@ -718,7 +718,7 @@ class Run:
         self.n_sums += 1
 
     def log_means(self, phase: str, step: int):
-        """Log the means since the last call; ends the run where one is not finite."""
+        """Log the means since the last call; FloatingPointError if one is not finite."""
         row = {"steps_per_second": self.n_steps / (time.perf_counter() - self.clock)}
         row |= {name: (x / self.n_sums).item() for name, x in self.sums.items()}
         if bad := [name for name, x in row.items() if not math.isfinite(x)]:
@@ -749,7 +749,7 @@ class Run:
         self.clock += time.perf_counter() - start
 
     def save(self, phase: str, step: int, parts: dict):
-        """Write all that going on needs, as if the run had not been interrupted."""
+        """Write all that the run needs to resume as if it had not been interrupted."""
         groups = parts["trainer"].optimizer.param_groups
         if not all(p.isfinite().all() for group in groups for p in group["params"]):
             raise FloatingPointError(f"a weight is not finite at {phase} step {step}")
@@ -773,7 +773,7 @@ class Run:
             if self.config.device == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"])
         edited = ", with an edited script" if state.get("source") != self.source else ""
-        print(f"going on with {self.dir} from {phase} step {state['step']:,}{edited}", flush=True)
+        print(f"resuming {self.dir} at {phase} step {state['step']:,}{edited}", flush=True)
         return state["step"]
 
     def plot(self):
@@ -793,8 +793,8 @@ class Run:
 def accelerate(update, config: TrainConfig):
     """An update without arguments, in config.precision, compiled, or as a CUDA graph.
 
-    For a graph the first three calls warm up, the fourth records, the others replay: all that the
-    update changes are tensors that stay where they are, and the next call overwrites its results.
+    For a graph the first three calls warm up, the fourth records, later ones replay: an update may
+    change tensors in place only, and the next call overwrites its results.
     """
     if config.compile:
         update = torch.compile(update)
@@ -865,7 +865,7 @@ def train(config: TrainConfig):
                 if other := [k for k in OFFLINE_FIELDS if old.get(k) != getattr(config, k)]:
                     sys.exit(f"error: {file} was trained with another {', '.join(other)}")
                 if "phase" in agent:
-                    sys.exit(f"error: {file} is a checkpoint: take the run's offline.pt")
+                    sys.exit(f"error: {file} is a checkpoint: use the run's offline.pt")
                 trainer.load_state_dict(agent["trainer"])
         elif run.checkpoint["phase"] == "offline":
             parts, last = {"trainer": trainer}, config.offline_iterations
@@ -878,7 +878,7 @@ def train(config: TrainConfig):
             save(run.dir / "offline.pt", dict(trainer=trainer.state_dict(), settings=run.settings))
 
         # Online: one environment step, then `utd` updates on half offline, half online data.
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # again: the same online phase after --load_model
         trainer.start_online()
         env.reset(seed=config.seed)
         parts = {"trainer": trainer, "online_buffer": online_buffer, "env": env}
@@ -889,11 +889,11 @@ def train(config: TrainConfig):
             batch = map(torch.cat, zip(offline_batch, online_batch, strict=True))
             return trainer.train(TensorBatch(*batch))
 
-        def dare_update() -> dict[str, torch.Tensor]:  # DARE: lines 4 to 10 of Algorithm 1
-            log_dict = sampler.train()  # of line 10
+        def dare_update() -> dict[str, torch.Tensor]:  # DARE: lines 5 to 10 of Algorithm 1
+            log_dict = sampler.train()  # line 10, of the iteration before
             i = offline_buffer.draw(config.n_offline)
-            resampled = config.reference == "resample"  # among rows that have support actions
-            n_rows = sampler.n_online if resampled else None
+            # Support actions come 100 states at a time: the newest online rows may lack them.
+            n_rows = sampler.n_online if config.reference == "resample" else None
             j = online_buffer.draw(config.batch_size - config.n_offline, n_rows)
             batches = offline_buffer.rows(i), online_buffer.rows(j)
             states = torch.cat([batch.observations for batch in batches])
@@ -903,8 +903,8 @@ def train(config: TrainConfig):
             if config.exchange == "direct":
                 *batches, exchanged, separation = direct_exchange(*batches, *halves)
             else:
-                rule = config.max_exchange, config.exchange == "random"
-                *batches, exchanged, separation = exchange(*batches, *halves, *rule)
+                n, at_random = config.max_exchange, config.exchange == "random"
+                *batches, exchanged, separation = exchange(*batches, *halves, n, at_random)
             assert len(batches[0].rewards) == config.n_offline  # where the losses cut the batch
             log_dict |= score_statistics(*halves)
             log_dict |= {"exchanged": exchanged.float(), "separation": separation}
@@ -946,7 +946,7 @@ def train(config: TrainConfig):
 
 
 def main(args: list[str] | None = None):
-    """Train by the command line; what its user can mend ends in one line."""
+    """Train with the settings of the command line; errors a user can fix end in one line."""
     with errors_in_one_line():
         train(parse(TrainConfig, args))
 

@@ -5,7 +5,7 @@ A transition model generates what takes the place of the offline half of each on
 
 Cal-QL is Nakamoto et al. (2023); --calibrated false --name cql runs CQL, Kumar et al. (2020).
 Online, each batch is half offline and half online data. Equations and tables are the DARE paper's,
-names and their order CORL's: algorithms/README.md lists what differs from its file on purpose.
+names and their order CORL's: algorithms/README.md lists what differs from CORL on purpose.
 """
 
 import math
@@ -55,7 +55,7 @@ UNFINISHED = -math.inf  # Monte-Carlo return of a row until its episode ends: a 
 
 @dataclass
 class TrainConfig:
-    """All settings; those without a default here get it from PRESETS, by task."""
+    """All settings; those that are None here get their value from PRESETS, by task."""
 
     # Experiment
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
@@ -74,9 +74,9 @@ class TrainConfig:
     load_model: str = ""  # offline.pt of an earlier run, to start fine-tuning from
     runs_dir: str = "runs"  # a run writes runs_dir/name/env/seed_N
     log_freq: int = 1_000  # steps between rows of train.csv, which are means over them
-    checkpoint_freq: int = 10_000  # steps between checkpoints; at most ten minutes
-    threads: int = 1  # CPU threads: two runs of one thread beat one run of two
-    precision: str = "fp32"  # of the networks' products: fp32 or bf16
+    checkpoint_freq: int = 10_000  # steps between checkpoints, or ten minutes if that comes first
+    threads: int = 1  # CPU threads; two runs of one thread are faster than one of two
+    precision: str = "fp32"  # of the networks' matrix products: fp32 or bf16
     compile: bool = False  # compile the updates; needs a C++ compiler
     cuda_graph: bool = False  # on CUDA, replay each update as one graph
     # Cal-QL
@@ -86,17 +86,17 @@ class TrainConfig:
     qf_lr: float = 3e-4  # learning rate of Q and the Lagrange multiplier, Table 4
     soft_target_update_rate: float = 0.005  # rate of the target network, Table 4
     calibrated: bool = True  # true is Cal-QL, false is CQL
-    calibrated_online: bool = False  # keep the calibration online (Sec. 3.2: plain CQL penalty)
+    calibrated_online: bool = False  # max with V^nu online too; false as in Sec. 3.2 and CORL
     cql_alpha: float = None  # weight of R in Eq. 1, offline, Table 4
     cql_alpha_online: float = None  # weight of R in Eq. 1, online, Table 4
     cql_n_actions: int = 10  # actions of each kind in R, and under the max of the backup (CORL)
-    cql_lagrange: bool = None  # learn a factor of R by dual descent, Table 4
-    cql_target_action_gap: float = None  # R that this factor aims at, Table 4
+    cql_lagrange: bool = None  # learn a Lagrange multiplier of R by dual descent, Table 4
+    cql_target_action_gap: float = None  # value of R that this multiplier aims at, Table 4
     cql_temp: float = 1.0  # temperature of R's logsumexp, Table 4
     cql_max_target_backup: bool = None  # max over drawn actions in the target, Table 4
     cql_clip_diff_min: float = -200.0  # lower bound of R on a row, Table 4
     normalize: bool = None  # standardize observations, Table 4
-    normalize_reward: bool = None  # Table 4; locomotion: 1000 r / range of returns
+    normalize_reward: bool = None  # locomotion: 1000 r / range of returns; none on AntMaze; Table 4
     hidden_dim: int = 256  # units of a hidden layer, Table 4
     q_n_hidden_layers: int = None  # hidden layers of Q, Table 4
     policy_n_hidden_layers: int = 3  # hidden layers of the policy (CORL)
@@ -147,13 +147,13 @@ class TrainConfig:
             raise ValueError("--online_iterations must be 0, or above --initial_collection_steps")
         self.n_offline = round(self.batch_size * self.mixing_ratio)  # these rows stand first
         if not 0 < self.n_offline < self.batch_size:
-            raise ValueError(f"--mixing_ratio {self.mixing_ratio} leaves half of the batch empty")
+            raise ValueError(f"--mixing_ratio {self.mixing_ratio} leaves one half without rows")
         if self.cql_temp == 0:
             raise ValueError("--cql_temp must be above 0")
         if self.is_sparse_reward and self.discount == 1:
             raise ValueError("--is_sparse_reward needs a --discount below 1")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda, but torch sees no CUDA device: take --device cpu")
+            raise ValueError("--device cuda, but torch sees no CUDA device: use --device cpu")
         if self.compile and not shutil.which(os.environ.get("CXX", "g++")):
             raise ValueError("--compile needs a C++ compiler: install g++ or set CXX")
 
@@ -201,11 +201,11 @@ class ReplayBuffer:
 
     def __init__(self, state_dim: int, action_dim: int, buffer_size: int, device: str = "cpu"):
         a, r, n = state_dim, state_dim + action_dim, 2 * state_dim + action_dim + 1
-        width = n + len(TensorBatch._fields) - 4  # columns from n on are the last fields' numbers
+        width = n + len(TensorBatch._fields) - 4  # from column n on, a column each
         self._columns = [slice(a), slice(a, r), r, slice(r + 1, n), *range(n, width)]
         self._data = torch.zeros(buffer_size, width, device=device)
         self.size = torch.zeros((), dtype=torch.int64, device=device)
-        self._pointer = 0  # size as a number
+        self._pointer = 0  # size as a Python int
 
     def load_d4rl_dataset(self, data: dict[str, np.ndarray]):
         """Append the columns of a dataset."""
@@ -213,22 +213,22 @@ class ReplayBuffer:
         self._append(torch.from_numpy(np.concatenate(columns, 1)))
 
     def add_transition(self, *transition):
-        """Append one transition: the values of a TensorBatch's row."""
+        """Append one transition, its values in the order of TensorBatch."""
         self._append(torch.from_numpy(np.hstack(transition)[None]))
 
     def _append(self, rows: torch.Tensor):
         start, self._pointer = self._pointer, self._pointer + len(rows)
-        self._data[start : self._pointer] = rows
+        self._data.narrow(0, start, len(rows)).copy_(rows)  # an error if the buffer is full
         self.size.fill_(self._pointer)
 
     def rows(self, index: torch.Tensor | slice) -> TensorBatch:
-        """The rows with the given numbers."""
+        """The rows at the given indices."""
         rows = self._data[index]
         return TensorBatch(*(rows[:, column] for column in self._columns))
 
     def draw(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Numbers [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
-        # The size is on the device, so that a CUDA graph draws from rows that come after it.
+        """Indices [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
+        # The size is a tensor, so that a replayed CUDA graph draws rows added after its capture.
         draws = torch.randint(1 << 62, (batch_size,), device=self._data.device)
         return draws % (self.size if n_rows is None else n_rows)
 
@@ -247,7 +247,7 @@ class ReplayBuffer:
 
 
 def eval_actor(envs: gym.vector.VectorEnv, trainer, n_episodes: int, seed: int) -> np.ndarray:
-    """Returns [n_episodes] of the mean policy, an episode in each environment."""
+    """Returns [n_episodes] of the mean policy, one episode per environment."""
     states, _ = envs.reset(seed=seed)
     returns, running = np.zeros(n_episodes), np.ones(n_episodes, bool)
     while running.any():
@@ -266,7 +266,7 @@ def return_reward_range(dataset: dict) -> tuple[float, float]:
 
 
 def discounted_returns(rewards: np.ndarray, config: TrainConfig) -> np.ndarray:
-    """Monte-Carlo returns [T] of an episode, which counts as ended where it was cut short."""
+    """Monte-Carlo returns [T] of an episode; a truncated one counts as ended."""
     if config.is_sparse_reward and (rewards == np.float32(config.reward_bias)).all():
         return rewards / (1 - config.discount)  # the goal was never reached
     returns = []
@@ -282,7 +282,7 @@ def get_return_to_go(dataset: dict, config: TrainConfig) -> np.ndarray:
 
 
 def finish_episode(buffer: ReplayBuffer, config: TrainConfig):
-    """Write the Monte-Carlo returns of the episode that has just ended, the buffer's last."""
+    """Fill in the Monte-Carlo returns of the episode that just ended, the buffer's last rows."""
     batch = buffer.rows(slice(int(buffer.size)))  # a slice of rows is a view
     start = int((batch.mc_returns != UNFINISHED).sum())
     returns = discounted_returns(batch.rewards[start:].cpu().numpy(), config)
@@ -290,12 +290,12 @@ def finish_episode(buffer: ReplayBuffer, config: TrainConfig):
 
 
 def modify_reward(dataset: dict, config: TrainConfig) -> tuple[float, float]:
-    """Scale and shift the dataset's rewards; returns both, for the online ones."""
+    """Scale and shift the dataset's rewards; returns (scale, shift) for the online rewards."""
     scale, shift = config.reward_scale, config.reward_bias
     if config.normalize_reward and d4rl.task(config.env).family != "antmaze":
         min_ret, max_ret = return_reward_range(dataset)
         if min_ret == max_ret:
-            sys.exit("error: all episodes have the same return: take --normalize_reward false")
+            sys.exit("error: all episodes have the same return: use --normalize_reward false")
         scale *= 1000.0 / (max_ret - min_ret)
     dataset["rewards"] = dataset["rewards"] * scale + shift
     return scale, shift
@@ -333,7 +333,7 @@ class MLP(nn.Module):
 
 
 class TanhGaussian(NamedTuple):
-    """Gaussians of actions, each [B, A], to be squashed by tanh."""
+    """Mean and log_std, each [B, A], of Gaussians whose samples are squashed by tanh."""
 
     mean: torch.Tensor
     log_std: torch.Tensor
@@ -407,7 +407,7 @@ class CalQL:
         self.qf = BatchedTwinQ(*dims, config.q_n_hidden_layers).to(device)
         self.actor = TanhGaussianPolicy(*dims, config.policy_n_hidden_layers).to(device)
         self.q_target = deepcopy(self.qf).requires_grad_(False)
-        # Logs of the entropy's temperature and of R's factor, which starts at e or stays 1 (CORL)
+        # Logs of the entropy temperature and of R's Lagrange multiplier: e at first, or 1 (CORL)
         log_alpha = nn.Parameter(torch.tensor(0.0))
         log_alpha_prime = nn.Parameter(torch.tensor(1.0 if config.cql_lagrange else 0.0))
         log_alpha_prime.requires_grad_(config.cql_lagrange)
@@ -423,7 +423,7 @@ class CalQL:
         self.total_it = torch.zeros((), dtype=torch.int64, device=device)
 
     def standardize(self, observations: np.ndarray):
-        """Let the networks standardize observations, by the mean and spread of these [N, S]."""
+        """Let the networks standardize observations by the mean and deviation of these [N, S]."""
         for net in (self.qf, self.q_target, self.actor):
             net.mean.copy_(torch.from_numpy(observations.mean(0)))
             net.std.copy_(torch.from_numpy(observations.std(0) + 1e-3))  # the floor is CORL's
@@ -456,20 +456,20 @@ class CalQL:
         n_rows, action_dim = batch.actions.shape
         with torch.no_grad():
             uniform = 2.0 * torch.rand(n_rows, n, action_dim, device=config.device) - 1.0
-            (now, log_now), (then, log_then) = policy.sample(n), next_policy.sample(n)
-            actions = torch.cat([uniform, now, then], 1)
-            log_uniform = torch.full_like(log_now, math.log(0.5) * action_dim)
-            log_density = torch.cat([log_uniform, log_now, log_then], 1)
+            (pi, log_pi), (next_pi, log_next_pi) = policy.sample(n), next_policy.sample(n)
+            actions = torch.cat([uniform, pi, next_pi], 1)
+            log_uniform = torch.full_like(log_pi, math.log(0.5) * action_dim)
+            log_density = torch.cat([log_uniform, log_pi, log_next_pi], 1)
         q_drawn = self.qf.both(extend_and_repeat(batch.observations, 1, 3 * n), actions)
         if config.calibrated and (config.calibrated_online or not self.online):
             # max(Q, V^nu(s)) on the policy's actions, not on the uniform ones (CORL)
             of_policy = torch.maximum(q_drawn[..., n:], batch.mc_returns[:, None])
             q_drawn = torch.cat([q_drawn[..., :n], of_policy], -1)
-        soft_max = config.cql_temp * torch.logsumexp((q_drawn - log_density) / config.cql_temp, -1)
-        return (soft_max - q).clamp(min=config.cql_clip_diff_min)
+        q_ood = config.cql_temp * torch.logsumexp((q_drawn - log_density) / config.cql_temp, -1)
+        return (q_ood - q).clamp(min=config.cql_clip_diff_min)
 
     def q_loss(self, batch: TensorBatch, policy: TanhGaussian, next_policy: TanhGaussian) -> tuple:
-        """TD term and alpha R (with Lagrange, less the gap), each summed over both Q; mean Q.
+        """TD loss and alpha R, or alpha (R - gap) with Lagrange, each summed over both Q; mean Q.
 
         Eq. 1 with the TD term of Eq. 14 and CORL, without 1/2: Table 4's alpha is on this scale.
         """
@@ -489,17 +489,17 @@ class CalQL:
         with torch.no_grad():
             next_policy = self.actor(batch.next_observations)
         policy_loss, log_pi = self.policy_loss(batch, policy)
-        q_loss, regularizer, q = self.q_loss(batch, policy, next_policy)
+        td_loss, regularizer, q = self.q_loss(batch, policy, next_policy)
         alpha_loss = -(self.factors["log_alpha"] * (log_pi + self.target_entropy)).mean()
         alpha_prime = self.factors["log_alpha_prime"].exp().clamp(max=ALPHA_PRIME_MAX)
         alpha_prime_loss = -0.5 * alpha_prime * regularizer.detach()  # mean over both Q (CORL)
-        qf_loss = q_loss + alpha_prime.detach() * regularizer
-        # They share no parameter: the gradient of their sum is that of each.
+        qf_loss = td_loss + alpha_prime.detach() * regularizer
+        # The losses share no parameters, so the gradient of the sum is each loss's own.
         self.optimizer.zero_grad(set_to_none=True)
         (qf_loss + policy_loss + alpha_loss + alpha_prime_loss).backward()
         log_dict = {"policy_loss": policy_loss, "log_pi": log_pi.mean()}
         log_dict |= {"alpha": self.factors["log_alpha"].exp(), "alpha_prime": alpha_prime}
-        log_dict |= {"q_loss": q_loss, "regularizer": regularizer, "q": q}
+        log_dict |= {"q_loss": td_loss, "regularizer": regularizer, "q": q}
         self.optimizer.step()
         soft_update(self.q_target, self.qf, self.config.soft_target_update_rate)
         self.total_it += 1
@@ -758,12 +758,12 @@ class EDIS:
 
 # --- Run directory, precision and CUDA graphs: nothing of the algorithm from here to train() ---
 
-# Settings that may change when a run goes on
+# Settings that may change when a run is resumed
 FREE = ("device", "threads", "online_iterations", "runs_dir", "name", "project", "wandb")
 
 
 class Run:
-    """Files of a run in runs_dir/name/env/seed_N; all are written from checkpoint.pt."""
+    """Files of a run in runs_dir/name/env/seed_N; checkpoint.pt has all that resuming needs."""
 
     def __init__(self, config: TrainConfig):
         self.config, self.settings = config, {**asdict(config), "script": Path(__file__).stem}
@@ -772,9 +772,8 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock", timeout=0)
         self.checkpoint = {"phase": "offline", "rows": {}, "sums": {}, "n_sums": 0, "wandb": None}
-        self.source = digest(__file__)  # to say when a run goes on with an edited script
+        self.source = digest(__file__)  # to say when a run is resumed with an edited script
         self.n_steps = 0  # since the last row of train.csv
-        self.clock = self.last_save = time.perf_counter()
 
     def start(self):
         """With the lock held: read the checkpoint, write config.yaml and start wandb."""
@@ -785,14 +784,14 @@ class Run:
                 old, new = state["settings"], self.settings
                 if other := [k for k in new | old if k not in FREE and new.get(k) != old.get(k)]:
                     names = ", ".join(other)
-                    sys.exit(f"error: {self.dir} is of another {names}: take another --name")
+                    sys.exit(f"error: {self.dir} was run with another {names}: use another --name")
                 phase, step, last = state["phase"], state["step"], config.offline_iterations
                 if phase == "online":
                     last = len(state["online_buffer"]["rows"])
                 if phase not in ("offline", "online") or not 0 <= step <= last:
-                    raise ValueError(f"{phase} step {step:,} cannot be")
+                    raise ValueError(f"{phase} step {step:,} is impossible")
                 if phase == "online" and step >= config.online_iterations:
-                    sys.exit(f"error: {self.dir} is finished: take another --seed or --name")
+                    sys.exit(f"error: {self.dir} is finished: use another --seed or --name")
         self.rows, self.n_sums = self.checkpoint["rows"], self.checkpoint["n_sums"]
         self.sums = {name: x.to(config.device) for name, x in self.checkpoint["sums"].items()}
         settings = {k: v for k, v in asdict(config).items() if k not in ("name", "runs_dir")}
@@ -801,6 +800,7 @@ class Run:
             config.wandb, project=config.project, group=f"{config.name}-{config.env}",
             id=self.checkpoint["wandb"], dir=self.dir, config=settings,
         )  # fmt: skip
+        self.clock = self.last_save = time.perf_counter()
 
     def add(self, log_dict: dict[str, torch.Tensor]):
         """Sum what an update logs, on the device; its names are the same throughout a phase."""
@@ -810,7 +810,7 @@ class Run:
         self.n_sums += 1
 
     def log_means(self, phase: str, step: int):
-        """Log the means since the last call; ends the run where one is not finite."""
+        """Log the means since the last call; FloatingPointError if one is not finite."""
         row = {"steps_per_second": self.n_steps / (time.perf_counter() - self.clock)}
         row |= {name: (x / self.n_sums).item() for name, x in self.sums.items()}
         if bad := [name for name, x in row.items() if not math.isfinite(x)]:
@@ -841,7 +841,7 @@ class Run:
         self.clock += time.perf_counter() - start
 
     def save(self, phase: str, step: int, parts: dict):
-        """Write all that going on needs, as if the run had not been interrupted."""
+        """Write all that the run needs to resume as if it had not been interrupted."""
         groups = parts["trainer"].optimizer.param_groups
         if not all(p.isfinite().all() for group in groups for p in group["params"]):
             raise FloatingPointError(f"a weight is not finite at {phase} step {step}")
@@ -865,7 +865,7 @@ class Run:
             if self.config.device == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"])
         edited = ", with an edited script" if state.get("source") != self.source else ""
-        print(f"going on with {self.dir} from {phase} step {state['step']:,}{edited}", flush=True)
+        print(f"resuming {self.dir} at {phase} step {state['step']:,}{edited}", flush=True)
         return state["step"]
 
     def plot(self):
@@ -885,8 +885,8 @@ class Run:
 def accelerate(update, config: TrainConfig):
     """An update without arguments, in config.precision, compiled, or as a CUDA graph.
 
-    For a graph the first three calls warm up, the fourth records, the others replay: all that the
-    update changes are tensors that stay where they are, and the next call overwrites its results.
+    For a graph the first three calls warm up, the fourth records, later ones replay: an update may
+    change tensors in place only, and the next call overwrites its results.
     """
     if config.compile:
         update = torch.compile(update)
@@ -922,7 +922,7 @@ def train(config: TrainConfig):
     """Train offline, or take the agent of --load_model; then fine-tune online."""
     torch.set_num_threads(config.threads)
     if 0 < config.online_iterations <= config.edis_start:  # EDIS
-        print("no model is trained up to --edis_start: this is the baseline", flush=True)
+        print("no model is trained up to --edis_start: no update has generated rows", flush=True)
     source = {"data": config.data, "regenerated_size": config.regenerated_size}
     dataset = d4rl.qlearning_dataset(config.env, **source)
     reward_scale, reward_shift = modify_reward(dataset, config)
@@ -959,7 +959,7 @@ def train(config: TrainConfig):
                 if other := [k for k in OFFLINE_FIELDS if old.get(k) != getattr(config, k)]:
                     sys.exit(f"error: {file} was trained with another {', '.join(other)}")
                 if "phase" in agent:
-                    sys.exit(f"error: {file} is a checkpoint: take the run's offline.pt")
+                    sys.exit(f"error: {file} is a checkpoint: use the run's offline.pt")
                 trainer.load_state_dict(agent["trainer"])
         elif run.checkpoint["phase"] == "offline":
             parts, last = {"trainer": trainer}, config.offline_iterations
@@ -972,7 +972,7 @@ def train(config: TrainConfig):
             save(run.dir / "offline.pt", dict(trainer=trainer.state_dict(), settings=run.settings))
 
         # Online: one environment step, then `utd` updates on half offline, half online data.
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # again: the same online phase after --load_model
         trainer.start_online()
         env.reset(seed=config.seed)
         parts = {"trainer": trainer, "online_buffer": online_buffer, "env": env}
@@ -1020,7 +1020,7 @@ def train(config: TrainConfig):
 
 
 def main(args: list[str] | None = None):
-    """Train by the command line; what its user can mend ends in one line."""
+    """Train with the settings of the command line; errors a user can fix end in one line."""
     with errors_in_one_line():
         train(parse(TrainConfig, args))
 

@@ -45,7 +45,7 @@ LOG_STD_MAX = 2.0
 
 @dataclass
 class TrainConfig:
-    """All settings; those without a default here get it from PRESETS, by task."""
+    """All settings; those that are None here get their value from PRESETS, by task."""
 
     # Experiment
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
@@ -64,9 +64,9 @@ class TrainConfig:
     load_model: str = ""  # offline.pt of an earlier run, to start fine-tuning from
     runs_dir: str = "runs"  # a run writes runs_dir/name/env/seed_N
     log_freq: int = 1_000  # steps between rows of train.csv, which are means over them
-    checkpoint_freq: int = 10_000  # steps between checkpoints; at most ten minutes
-    threads: int = 1  # CPU threads: two runs of one thread beat one run of two
-    precision: str = "fp32"  # of the networks' products: fp32 or bf16
+    checkpoint_freq: int = 10_000  # steps between checkpoints, or ten minutes if that comes first
+    threads: int = 1  # CPU threads; two runs of one thread are faster than one of two
+    precision: str = "fp32"  # of the networks' matrix products: fp32 or bf16
     compile: bool = False  # compile the updates; needs a C++ compiler
     cuda_graph: bool = False  # on CUDA, replay each update as one graph
     # IQL
@@ -104,14 +104,14 @@ class TrainConfig:
             raise ValueError("--online_iterations must be 0, or above --initial_collection_steps")
         self.n_offline = round(self.batch_size * self.mixing_ratio)  # these rows stand first
         if not 0 < self.n_offline < self.batch_size:
-            raise ValueError(f"--mixing_ratio {self.mixing_ratio} leaves half of the batch empty")
+            raise ValueError(f"--mixing_ratio {self.mixing_ratio} leaves one half without rows")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda, but torch sees no CUDA device: take --device cpu")
+            raise ValueError("--device cuda, but torch sees no CUDA device: use --device cpu")
         if self.compile and not shutil.which(os.environ.get("CXX", "g++")):
             raise ValueError("--compile needs a C++ compiler: install g++ or set CXX")
 
 
-PRESETS = {  # Table 5 and PEX
+PRESETS = {  # Table 5, PEX; 100 episodes: IQL's authors
     "locomotion": dict(beta=3.0, iql_tau=0.7, normalize_reward=False, n_episodes=10),
     "antmaze": dict(beta=10.0, iql_tau=0.9, normalize_reward=True, n_episodes=100),
 }
@@ -136,11 +136,11 @@ class ReplayBuffer:
 
     def __init__(self, state_dim: int, action_dim: int, buffer_size: int, device: str = "cpu"):
         a, r, n = state_dim, state_dim + action_dim, 2 * state_dim + action_dim + 1
-        width = n + len(TensorBatch._fields) - 4  # columns from n on are the last fields' numbers
+        width = n + len(TensorBatch._fields) - 4  # from column n on, a column each
         self._columns = [slice(a), slice(a, r), r, slice(r + 1, n), *range(n, width)]
         self._data = torch.zeros(buffer_size, width, device=device)
         self.size = torch.zeros((), dtype=torch.int64, device=device)
-        self._pointer = 0  # size as a number
+        self._pointer = 0  # size as a Python int
 
     def load_d4rl_dataset(self, data: dict[str, np.ndarray]):
         """Append the columns of a dataset."""
@@ -148,22 +148,22 @@ class ReplayBuffer:
         self._append(torch.from_numpy(np.concatenate(columns, 1)))
 
     def add_transition(self, *transition):
-        """Append one transition: the values of a TensorBatch's row."""
+        """Append one transition, its values in the order of TensorBatch."""
         self._append(torch.from_numpy(np.hstack(transition)[None]))
 
     def _append(self, rows: torch.Tensor):
         start, self._pointer = self._pointer, self._pointer + len(rows)
-        self._data[start : self._pointer] = rows
+        self._data.narrow(0, start, len(rows)).copy_(rows)  # an error if the buffer is full
         self.size.fill_(self._pointer)
 
     def rows(self, index: torch.Tensor | slice) -> TensorBatch:
-        """The rows with the given numbers."""
+        """The rows at the given indices."""
         rows = self._data[index]
         return TensorBatch(*(rows[:, column] for column in self._columns))
 
     def draw(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Numbers [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
-        # The size is on the device, so that a CUDA graph draws from rows that come after it.
+        """Indices [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
+        # The size is a tensor, so that a replayed CUDA graph draws rows added after its capture.
         draws = torch.randint(1 << 62, (batch_size,), device=self._data.device)
         return draws % (self.size if n_rows is None else n_rows)
 
@@ -182,7 +182,7 @@ class ReplayBuffer:
 
 
 def eval_actor(envs: gym.vector.VectorEnv, trainer, n_episodes: int, seed: int) -> np.ndarray:
-    """Returns [n_episodes] of the mean policy, an episode in each environment."""
+    """Returns [n_episodes] of the mean policy, one episode per environment."""
     states, _ = envs.reset(seed=seed)
     returns, running = np.zeros(n_episodes), np.ones(n_episodes, bool)
     while running.any():
@@ -201,21 +201,21 @@ def return_reward_range(dataset: dict) -> tuple[float, float]:
 
 
 def modify_reward(dataset: dict, config: TrainConfig) -> tuple[float, float]:
-    """Scale and shift the dataset's rewards; returns both, for the online ones."""
+    """Scale and shift the dataset's rewards; returns (scale, shift) for the online rewards."""
     scale, shift = 1.0, 0.0
     if config.normalize_reward and d4rl.task(config.env).family == "antmaze":
         shift = -1.0
     elif config.normalize_reward:
         min_ret, max_ret = return_reward_range(dataset)
         if min_ret == max_ret:
-            sys.exit("error: all episodes have the same return: take --normalize_reward false")
+            sys.exit("error: all episodes have the same return: use --normalize_reward false")
         scale = 1000.0 / (max_ret - min_ret)
     dataset["rewards"] = dataset["rewards"] * scale + shift
     return scale, shift
 
 
 def asymmetric_l2_loss(u: torch.Tensor, tau: float | torch.Tensor) -> torch.Tensor:
-    """Expectile loss: positive u weigh tau, negative ones 1 - tau."""
+    """Expectile loss: weight tau where u > 0, 1 - tau where u < 0."""
     return (torch.abs(tau - (u < 0).float()) * u**2).mean()
 
 
@@ -346,7 +346,7 @@ class ImplicitQLearning:
         if not self.online:  # cosine decay (IQL's authors)
             progress = self.total_it.double() / max(1, self.config.offline_iterations)
             self.actor_lr.fill_(self.config.actor_lr * 0.5 * (1 + torch.cos(math.pi * progress)))
-        # They share no parameter: the gradient of their sum is that of each.
+        # The losses share no parameters, so the gradient of the sum is each loss's own.
         self.optimizer.zero_grad(set_to_none=True)
         (value_loss + q_loss + actor_loss).backward()
         self.optimizer.step()
@@ -357,7 +357,7 @@ class ImplicitQLearning:
         return {name: x.detach() for name, x in log_dict.items()}
 
     def start_online(self):
-        """Switch from offline training to fine-tuning, at a constant rate of the policy (PEX)."""
+        """Switch to fine-tuning, where the policy's learning rate is constant (PEX)."""
         self.online = True
         self.actor_lr.fill_(self.config.actor_lr)
 
@@ -365,9 +365,8 @@ class ImplicitQLearning:
     def act(self, state: np.ndarray, deterministic: bool = False) -> np.ndarray:
         """Actions [N, A] at states [N, S]: the mean, or a draw."""
         state = torch.as_tensor(state, dtype=torch.float32, device=self.config.device)
-        mean, log_std = self.actor(state)
-        action = mean if deterministic else mean + torch.exp(log_std) * torch.randn_like(mean)
-        return action.clamp(-1.0, 1.0).cpu().numpy()
+        action = self.actor(state)[0] if deterministic else self.actor.sample(state)[0][0]
+        return action.cpu().numpy()
 
     def state_dict(self) -> dict:
         """Networks, optimizer and counters."""
@@ -387,12 +386,12 @@ class ImplicitQLearning:
 
 # --- Run directory, precision and CUDA graphs: nothing of the algorithm from here to train() ---
 
-# Settings that may change when a run goes on
+# Settings that may change when a run is resumed
 FREE = ("device", "threads", "online_iterations", "runs_dir", "name", "project", "wandb")
 
 
 class Run:
-    """Files of a run in runs_dir/name/env/seed_N; all are written from checkpoint.pt."""
+    """Files of a run in runs_dir/name/env/seed_N; checkpoint.pt has all that resuming needs."""
 
     def __init__(self, config: TrainConfig):
         self.config, self.settings = config, {**asdict(config), "script": Path(__file__).stem}
@@ -401,9 +400,8 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock", timeout=0)
         self.checkpoint = {"phase": "offline", "rows": {}, "sums": {}, "n_sums": 0, "wandb": None}
-        self.source = digest(__file__)  # to say when a run goes on with an edited script
+        self.source = digest(__file__)  # to say when a run is resumed with an edited script
         self.n_steps = 0  # since the last row of train.csv
-        self.clock = self.last_save = time.perf_counter()
 
     def start(self):
         """With the lock held: read the checkpoint, write config.yaml and start wandb."""
@@ -414,14 +412,14 @@ class Run:
                 old, new = state["settings"], self.settings
                 if other := [k for k in new | old if k not in FREE and new.get(k) != old.get(k)]:
                     names = ", ".join(other)
-                    sys.exit(f"error: {self.dir} is of another {names}: take another --name")
+                    sys.exit(f"error: {self.dir} was run with another {names}: use another --name")
                 phase, step, last = state["phase"], state["step"], config.offline_iterations
                 if phase == "online":
                     last = len(state["online_buffer"]["rows"])
                 if phase not in ("offline", "online") or not 0 <= step <= last:
-                    raise ValueError(f"{phase} step {step:,} cannot be")
+                    raise ValueError(f"{phase} step {step:,} is impossible")
                 if phase == "online" and step >= config.online_iterations:
-                    sys.exit(f"error: {self.dir} is finished: take another --seed or --name")
+                    sys.exit(f"error: {self.dir} is finished: use another --seed or --name")
         self.rows, self.n_sums = self.checkpoint["rows"], self.checkpoint["n_sums"]
         self.sums = {name: x.to(config.device) for name, x in self.checkpoint["sums"].items()}
         settings = {k: v for k, v in asdict(config).items() if k not in ("name", "runs_dir")}
@@ -430,6 +428,7 @@ class Run:
             config.wandb, project=config.project, group=f"{config.name}-{config.env}",
             id=self.checkpoint["wandb"], dir=self.dir, config=settings,
         )  # fmt: skip
+        self.clock = self.last_save = time.perf_counter()
 
     def add(self, log_dict: dict[str, torch.Tensor]):
         """Sum what an update logs, on the device; its names are the same throughout a phase."""
@@ -439,7 +438,7 @@ class Run:
         self.n_sums += 1
 
     def log_means(self, phase: str, step: int):
-        """Log the means since the last call; ends the run where one is not finite."""
+        """Log the means since the last call; FloatingPointError if one is not finite."""
         row = {"steps_per_second": self.n_steps / (time.perf_counter() - self.clock)}
         row |= {name: (x / self.n_sums).item() for name, x in self.sums.items()}
         if bad := [name for name, x in row.items() if not math.isfinite(x)]:
@@ -470,7 +469,7 @@ class Run:
         self.clock += time.perf_counter() - start
 
     def save(self, phase: str, step: int, parts: dict):
-        """Write all that going on needs, as if the run had not been interrupted."""
+        """Write all that the run needs to resume as if it had not been interrupted."""
         groups = parts["trainer"].optimizer.param_groups
         if not all(p.isfinite().all() for group in groups for p in group["params"]):
             raise FloatingPointError(f"a weight is not finite at {phase} step {step}")
@@ -494,7 +493,7 @@ class Run:
             if self.config.device == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"])
         edited = ", with an edited script" if state.get("source") != self.source else ""
-        print(f"going on with {self.dir} from {phase} step {state['step']:,}{edited}", flush=True)
+        print(f"resuming {self.dir} at {phase} step {state['step']:,}{edited}", flush=True)
         return state["step"]
 
     def plot(self):
@@ -514,8 +513,8 @@ class Run:
 def accelerate(update, config: TrainConfig):
     """An update without arguments, in config.precision, compiled, or as a CUDA graph.
 
-    For a graph the first three calls warm up, the fourth records, the others replay: all that the
-    update changes are tensors that stay where they are, and the next call overwrites its results.
+    For a graph the first three calls warm up, the fourth records, later ones replay: an update may
+    change tensors in place only, and the next call overwrites its results.
     """
     if config.compile:
         update = torch.compile(update)
@@ -583,7 +582,7 @@ def train(config: TrainConfig):
                 if other := [k for k in OFFLINE_FIELDS if old.get(k) != getattr(config, k)]:
                     sys.exit(f"error: {file} was trained with another {', '.join(other)}")
                 if "phase" in agent:
-                    sys.exit(f"error: {file} is a checkpoint: take the run's offline.pt")
+                    sys.exit(f"error: {file} is a checkpoint: use the run's offline.pt")
                 trainer.load_state_dict(agent["trainer"])
         elif run.checkpoint["phase"] == "offline":
             parts, last = {"trainer": trainer}, config.offline_iterations
@@ -596,7 +595,7 @@ def train(config: TrainConfig):
             save(run.dir / "offline.pt", dict(trainer=trainer.state_dict(), settings=run.settings))
 
         # Online: one environment step, then `utd` updates on half offline, half online data.
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # again: the same online phase after --load_model
         trainer.start_online()
         env.reset(seed=config.seed)
         parts = {"trainer": trainer, "online_buffer": online_buffer, "env": env}
@@ -631,7 +630,7 @@ def train(config: TrainConfig):
 
 
 def main(args: list[str] | None = None):
-    """Train by the command line; what its user can mend ends in one line."""
+    """Train with the settings of the command line; errors a user can fix end in one line."""
     with errors_in_one_line():
         train(parse(TrainConfig, args))
 

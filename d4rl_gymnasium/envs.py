@@ -54,7 +54,7 @@ def _require_renderer(render_mode):
     if render_mode is None or not headless:
         return
     if render_mode == "human":
-        raise RuntimeError("render_mode='human' needs a display: take render_mode='rgb_array'")
+        raise RuntimeError("render_mode='human' needs a display: use render_mode='rgb_array'")
     if "MUJOCO_GL" not in os.environ:
         raise RuntimeError(
             "rendering without a display needs the environment variable MUJOCO_GL=egl (or osmesa), "

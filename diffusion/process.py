@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# VP-SDE of Song et al. (2021), constants of CEP: beta(t) from 0.1 to 20 over t in [1e-3, 1].
+# VP-SDE (arXiv:2011.13456) with CEP's constants: beta(t) from 0.1 to 20 over t in [1e-3, 1].
 BETA_MIN, BETA_MAX = 0.1, 20.0
 T_MIN, T_MAX = 1e-3, 1.0
 # Times are evenly spaced in t^(1/4). With exact scores and 10 or 15 steps, powers 4 to 8 left under
@@ -35,8 +35,8 @@ def _schedule(steps: int) -> list[tuple]:
     """Time and coefficients of every step of `solve`.
 
     With l = log(alpha / sigma), x(l + h) = (sigma' / sigma) x(l) + alpha' times the integral of
-    e^(tau - h) clean(l + tau) over tau in [0, h]. Corrector and predictor each have the weights of
-    the last state, the older and the newer clean action.
+    e^(tau - h) clean(l + tau) over tau in [0, h], where primes mean at l + h. Corrector and
+    predictor each have the weights of the last state, the older and the newer clean action.
     """
     if steps < 1:
         raise ValueError(f"the solver needs at least 1 step, got {steps}")
@@ -66,8 +66,8 @@ def solve(
 ) -> Tensor:
     """Run the diffusion from t = 1 to 1e-3 in `steps` noise predictions; second order.
 
-    Predictor: multistep DPM-Solver++ (Lu et al. 2022b, Algorithm 2). Each prediction of the noise
-    also corrects the step that led to it (UniC of Zhao et al. 2023), which costs no evaluation and,
+    Predictor: multistep DPM-Solver++ (arXiv:2211.01095, Algorithm 2). Each prediction of the noise
+    also corrects the step that led to it (UniC, arXiv:2302.04867), which costs no evaluation and,
     with an exact score, halves the error.
 
     `noise_prediction(x, t)` takes x in the shape of `initial_noise` (standard normal, any shape)

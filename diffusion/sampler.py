@@ -79,7 +79,7 @@ class EnergyGuidedSampler:
         n_offline = round(config.energy_batch_size * config.mixing_ratio)
         i = torch.randint(len(self.states), (n_offline,), device=device)
         j = torch.randint(1 << 62, (config.energy_batch_size - n_offline,), device=device)
-        j %= self.n_online
+        j %= self.n_online  # as ReplayBuffer.draw, for CUDA graphs
         states = torch.cat([self.states[i], self.online_states[j]])
         support = torch.cat([self.support[i], self.online_support[j]])
         loss = energy_loss(self.energy, states, support, self.energies(states, support))
@@ -101,7 +101,7 @@ class EnergyGuidedSampler:
         return self.config.energy_beta * q
 
     def sample(self, states: Tensor, offline_rows: Tensor, online_rows: Tensor) -> Tensor:
-        """Reference actions [B, R, A] for the states [B, S] of rows of the dataset and online rows:
+        """Reference actions [B, n, A] for the states [B, S] of rows of the dataset and online rows:
         by guided sampling (Eq. 6), or from a state's support actions with softmax(s beta_E Q).
         """
         config = self.config
@@ -151,9 +151,9 @@ def cached_behavior(config, states: Tensor, actions: Tensor, accelerate) -> Beha
             report = progress("behavior model", config.behavior_iterations)
             train_behavior(model, states, actions, config, path, report, accelerate)
             save(path, {"behavior": model.state_dict()})
-        Path(f"{path}.partial").unlink(missing_ok=True)  # after a kill here the next run does it
-    model.zero_grad()  # of the last update
-    if config.precision == "bf16":  # or autocast would do it in each of the solver's steps
+        Path(f"{path}.partial").unlink(missing_ok=True)  # also what a kill here had left
+    model.zero_grad()  # frees the last update's gradients
+    if config.precision == "bf16":  # else autocast casts the weights in every solver step
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
     return model.requires_grad_(False)

@@ -30,7 +30,7 @@ def sample_actions(
     noise = torch.randn(shape, device=states.device, dtype=states.dtype, generator=generator)
     networks = [behavior] if energy is None or guidance_scale == 0 else [behavior, energy]
     embedded = [network.embed_states(states)[:, None] for network in networks]
-    scale = states.new_full((), guidance_scale)  # a compiled region takes no number
+    scale = states.new_full((), guidance_scale)  # a compiled region takes no Python number
     actions = solve(partial(guided_noise, networks, embedded, scale), noise, steps, max_action)
     return actions if max_action is None else actions.clamp(-max_action, max_action)
 
@@ -39,7 +39,7 @@ def sample_actions(
 def guided_noise(networks, embedded_states, guidance_scale, actions_t, t) -> Tensor:
     """Noise in actions_t by the behavior model and, if `networks` has one, the energy (Eq. 6)."""
     noise = networks[0].predict(actions_t, embedded_states[0], t)
-    if len(networks) > 1:  # the score is -noise / sigma_t: what it gains, the noise loses
+    if len(networks) > 1:  # noise = -sigma_t * score: what the score gains is taken off the noise
         scale = guidance_scale * alpha_sigma(t)[1]
         noise = noise - scale * networks[1].gradient(actions_t, embedded_states[1], t)
     return noise

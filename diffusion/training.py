@@ -20,7 +20,7 @@ SAVE_SECONDS = 300.0  # age at which a report saves the training again
 SETTINGS = ("behavior_iterations", "behavior_batch_size", "behavior_lr", "behavior_lr_decay")
 SETTINGS += ("behavior_seed",)
 WARM_UP = 0.02  # share of the updates
-# Of the twentieth of the rows that is held out; a rise of its loss to be warned of.
+# At most so many held-out rows are looked at; a rise of their loss by this factor is reported.
 HELD_OUT_ROWS, OVERFITTED = 10_000, 1.05
 
 
@@ -108,8 +108,8 @@ def train_behavior(
 
 def _hold_out(states, actions):  # blocks of the file, for the rows of an episode are alike
     held = torch.arange(len(states), device=states.device) * 100 // len(states) % 20 == 10
-    unseen = states[held][:HELD_OUT_ROWS], actions[held][:HELD_OUT_ROWS]
-    return (states[~held], actions[~held]), unseen
+    every = (len(states) - 1) // (20 * HELD_OUT_ROWS) + 1  # some rows of all five blocks
+    return (states[~held], actions[~held]), (states[held][::every], actions[held][::every])
 
 
 def _update(model, optimizer, loss_sum, states, actions, batch_size):
@@ -125,7 +125,7 @@ def _update(model, optimizer, loss_sum, states, actions, batch_size):
 
 
 def _rate(config, done):
-    if not config.behavior_lr_decay:  # else a linear warm-up, then a cosine to 0
+    if not config.behavior_lr_decay:  # otherwise a linear warm-up, then a cosine to 0
         return config.behavior_lr
     return config.behavior_lr * min(1, done / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
 

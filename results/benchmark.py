@@ -287,7 +287,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="CSV file to append the table to")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: --device cuda, but torch sees no CUDA device; take --device cpu")
+        sys.exit("error: --device cuda, but torch sees no CUDA device; use --device cpu")
     return args
 
 
@@ -366,7 +366,7 @@ def write(path: Path | None, rows: list[dict]):
     with open(path, "a+") as file:
         file.seek(0)
         if (old := file.readline()) not in ("", header):
-            sys.exit(f"error: {path} has other columns; take another --output")
+            sys.exit(f"error: {path} has other columns; use another --output")
         file.writelines(lines if old else [header, *lines])
 
 

@@ -415,7 +415,7 @@ def main():
     for run in runs:
         if fields := run.changed:
             sys.exit(f"error: {run.directory} has other settings of {', '.join(fields)}; "
-                     "move it away, or take another --runs_dir")  # fmt: skip
+                     "move it away, or use another --runs_dir")  # fmt: skip
     todo = unfinished(runs)
     if args.dry_run:
         for i, run in enumerate(todo):

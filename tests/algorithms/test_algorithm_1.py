@@ -1,4 +1,4 @@
-"""Lines 4 to 10 of Algorithm 1 as a run does them: which rows are compared, exchanged, learned."""
+"""Lines 5 to 10 of Algorithm 1 as a run does them: which rows are compared, exchanged, learned."""
 
 from types import SimpleNamespace
 

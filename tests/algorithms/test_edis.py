@@ -414,7 +414,7 @@ def test_without_a_training_the_run_is_its_baseline(tmp_path, capsys, baseline, 
     expected = checkpoint(run(tmp_path, baseline))
     capsys.readouterr()
     found = checkpoint(run(tmp_path, script, edis_start=1_000, **always_generated(script)))
-    said = "no model is trained up to --edis_start: this is the baseline\n"
+    said = "no model is trained up to --edis_start: no update has generated rows\n"
     assert capsys.readouterr().out.startswith(said)
     for key in ("trainer", "rng", "online_buffer"):
         assert_equal(found[key], expected[key])

@@ -318,7 +318,7 @@ def test_rewards_are_scaled_and_shifted(dataset, module, env, normalize, scale, 
 def test_rewards_of_equal_returns_cannot_be_scaled(dataset, module):
     dataset["rewards"][:] = 0.0
     config = module.TrainConfig(env="hopper-medium-v2", normalize_reward=True)
-    with pytest.raises(SystemExit, match="^error: all episodes have the same return: take --norm"):
+    with pytest.raises(SystemExit, match="^error: all episodes have the same return: use --norm"):
         module.modify_reward(dataset, config)
 
 

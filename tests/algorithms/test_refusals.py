@@ -30,16 +30,16 @@ def refused(group, path, **settings):
 def test_a_finished_run_is_not_started_again(group, finished):
     before = contents(finished)
     message = last_line(group.dare, finished.parents[2])
-    assert message == f"error: {finished} is finished: take another --seed or --name"
+    assert message == f"error: {finished} is finished: use another --seed or --name"
     assert contents(finished) == before
 
 
 def test_other_settings_are_refused(group, stopped):
     message = refused(group, stopped, discount=0.9, utd=2, batch_size=16)
-    assert message.startswith(f"error: {stopped} is of another ")
-    named = message.split("of another ")[1].split(":")[0]
+    assert message.startswith(f"error: {stopped} was run with another ")
+    named = message.split("with another ")[1].split(":")[0]
     assert named.split(", ") == ["utd", "batch_size", "discount"]  # in the order of TrainConfig
-    assert message.endswith(": take another --name")
+    assert message.endswith(": use another --name")
 
 
 def test_another_script_is_refused(group, stopped):
@@ -47,7 +47,7 @@ def test_another_script_is_refused(group, stopped):
     before, runs_dir = contents(stopped), stopped.parents[2]
     name = group.baseline.__name__
     message = last_line(group.dare, runs_dir, name=name, offline_iterations=40)
-    assert message.startswith(f"error: {stopped} is of another ")
+    assert message.startswith(f"error: {stopped} was run with another ")
     assert "script" in message and "exchange" in message
     assert contents(stopped) == before
 
@@ -96,9 +96,9 @@ def no_optimizer(state):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda state: state.update(phase="afterwards"), "afterwards step 100 cannot be"),
-        (lambda state: state.update(step=101), "online step 101 cannot be"),
-        (lambda state: state.update(phase="offline"), "offline step 100 cannot be"),
+        (lambda state: state.update(phase="afterwards"), "afterwards step 100 is impossible"),
+        (lambda state: state.update(step=101), "online step 101 is impossible"),
+        (lambda state: state.update(phase="offline"), "offline step 100 is impossible"),
         (lambda state: state.pop("settings"), "'settings' is missing"),
         (lambda state: state.pop("rng"), "'rng' is missing"),
         (lambda state: state.pop("env"), "'env' is missing"),
@@ -152,7 +152,7 @@ def test_the_checkpoint_is_read_under_the_lock(monkeypatch, group, stopped):
 def test_a_checkpoint_is_no_offline_agent(group, stopped, tmp_path):
     file = stopped / "checkpoint.pt"
     message = last_line(group.baseline, tmp_path, load_model=str(file))
-    assert message == f"error: {file} is a checkpoint: take the run's offline.pt"
+    assert message == f"error: {file} is a checkpoint: use the run's offline.pt"
 
 
 def test_an_agent_of_other_settings_is_refused(group, baseline, tmp_path):

@@ -46,7 +46,7 @@ def test_computations(program, tmp_path):
     assert rows["iql update"]["gflop"] == 0.5243
     assert "aten::" in program("--profile", "buffer")
     path.write_text("other,columns\n1,2\n")
-    with pytest.raises(SystemExit, match="error: .*has other columns; take another --output"):
+    with pytest.raises(SystemExit, match="error: .*has other columns; use another --output"):
         program("--only", "buffer", "--output", path)
     with pytest.raises(SystemExit, match="error: no computation has 'sac' in its name"):
         program("--only", "sac")

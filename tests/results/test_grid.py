@@ -208,7 +208,7 @@ def test_states_and_what_is_left_to_do(program, tmp_path, monkeypatch):
         "missing": 3,
         "crashed": 1,
     }
-    message = f"prepare_iql/{ENV}/seed_0 has other settings of beta; move it away, or take another"
+    message = f"prepare_iql/{ENV}/seed_0 has other settings of beta; move it away, or use another"
     with pytest.raises(SystemExit, match=message):
         program("run", *args, "--set", "beta=7", "--dry_run")
 
@@ -376,7 +376,7 @@ def test_kill_interrupt_and_failure(tmp_path):
     try:
         wait_for(lambda: log.exists() and "online step 200" in log.read_text())
         os.kill(worker_of(tmp_path), signal.SIGKILL)
-        wait_for(lambda: "going on with" in log.read_text().partition("attempt 2")[2])
+        wait_for(lambda: "resuming" in log.read_text().partition("attempt 2")[2])
         os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 1
@@ -393,6 +393,6 @@ def test_kill_interrupt_and_failure(tmp_path):
     assert last == "error: 1 runs failed or were skipped; their logs say why"
     (failure,) = [line for line in output.splitlines() if line.startswith("failed: ")]
     assert failure.startswith(f"failed: {broken}: error: {broken}/checkpoint.pt is damaged")
-    assert is_finished(directory) and log.read_text().count("going on with") == 2
+    assert is_finished(directory) and log.read_text().count("resuming") == 2
     job = yaml.safe_load((directory / "job.yaml").read_text())
     assert job["attempts"] == 3 and job["seconds"] is None  # of the killed attempt not known
