@@ -95,6 +95,8 @@ METHODS = {
     "dare_iql_utd10": Method("DARE-I, UTD = 10", "#BB4400", "dare_iql", UTD10),
     "cql": Method("CQL", "#999999", "cal_ql", {"calibrated": "false"}),
     "cal_ql": Method("Cal-QL", "#66AADD", "cal_ql"),
+    # R at the weight that it has in Eq. 14, on the offline-like half of a batch alone ...
+    "cal_ql_alpha5": Method("Cal-QL, alpha 5 online", "#4477AA", "cal_ql", {"cql_alpha_online": 5}),
     "edis_cql": Method("EDIS-C", "#225588", "edis_cql"),
     "dare_cql": Method("DARE-C", "#AA3377", "dare_cql"),
     "dare_cql_n16": Method("DARE-C, n = 16", "#44AA99", "dare_cql", {"max_exchange": 16}),
@@ -108,6 +110,13 @@ METHODS = {
     ),
     "dare_cql_no_exchange": Method(
         "DARE-C, no exchange", "#222222", "dare_cql", {"exchange": "none"}
+    ),
+    # ... and on that half at the weight that it has in Cal-QL.
+    "dare_cql_no_exchange_alpha20": Method(
+        "DARE-C, no exchange, alpha 20 online",
+        "#777777",
+        "dare_cql",
+        {"exchange": "none", "cql_alpha_online": 20},
     ),
 }
 
@@ -203,7 +212,7 @@ FIGURES = {
     "fig14": _group("Ablation of DARE-I, locomotion", IQL_ABLATION, LOCOMOTION),
 }  # fmt: skip
 # Pictures beyond the paper, of whatever runs there are.
-_VARIANTS = [m for m in METHODS if not m.endswith(("utd10", "one_draw"))]
+_VARIANTS = [m for m in METHODS if not m.endswith(("utd10", "one_draw", "alpha20"))]
 _CQL, _IQL = (
     " ".join([m for m in _VARIANTS if METHODS[m].baseline == base and m != dare] + [dare])
     for base, dare in (("cal_ql", "dare_cql"), ("iql", "dare_iql"))
@@ -271,7 +280,11 @@ FINETUNING_CQL = replace(
     FINETUNING,
     title="Fine-tuning of the CQL group from a replay buffer, with small networks",
     parts=[
-        ("cal_ql dare_cql_no_exchange dare_cql_random dare_cql", ["halfcheetah-medium-replay-v2"])
+        (methods, ["halfcheetah-medium-replay-v2"])
+        for methods in (
+            "cal_ql dare_cql_no_exchange dare_cql_random dare_cql",
+            "cal_ql_alpha5 dare_cql_no_exchange_alpha20",
+        )
     ],
     seeds=(0, 1, 2),
     configs={
@@ -296,6 +309,6 @@ EXPERIMENTS["finetuning_cql"] = FINETUNING_CQL
 EXPERIMENTS["full_size"] = FULL_SIZE
 EXPERIMENTS["regenerated"] = REGENERATED
 PICTURES["full_size"] = FULL_SIZE
-PICTURES["finetuning_cql"] = FINETUNING_CQL
+PICTURES["finetuning_cql"] = replace(FINETUNING_CQL, parts=FINETUNING_CQL.parts[:1])
 PICTURES["finetuning_replay"] = replace(FINETUNING_REPLAY, parts=FINETUNING_REPLAY.parts[:1])
 PICTURES["finetuning"] = replace(FINETUNING, parts=FINETUNING.parts[:1])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import iql
@@ -52,3 +53,11 @@ def test_acting_is_the_policys_mean_or_a_draw_within_the_bounds():
     torch.manual_seed(1)
     np.testing.assert_array_equal(drawn, agent.actor.sample(states)[0][0].detach())
     assert drawn.shape == (200, 2) and np.abs(drawn).max() == 1
+
+
+def test_a_full_buffer_is_an_error_and_no_row_is_lost_silently():
+    buffer = iql.ReplayBuffer(2, 1, buffer_size=1)
+    row = np.zeros(2), np.zeros(1), 0.0, np.zeros(2), False
+    buffer.add_transition(*row)
+    with pytest.raises(RuntimeError, match="exceeds dimension size"):
+        buffer.add_transition(*row)

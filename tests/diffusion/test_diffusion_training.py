@@ -268,6 +268,15 @@ def test_held_out_rows_are_a_twentieth_that_is_never_trained_on(tmp_path, monkey
     assert set.union(*trained_on) == set(range(1000)) - held_out
 
 
+def test_held_out_rows_that_are_looked_at_come_from_all_five_blocks(monkeypatch):
+    monkeypatch.setattr(training, "HELD_OUT_ROWS", 20)
+    rows = torch.arange(1000.0)[:, None]
+    (trained_on, _), (held_out, _) = training._hold_out(rows, rows)
+    assert len(trained_on) == 950  # all others, however many are looked at
+    assert len(held_out) <= 20
+    assert {int(x) // 200 for x in held_out} == {0, 1, 2, 3, 4}
+
+
 def test_overfitting_is_said(tmp_path, often_reported, capsys):
     """Random actions of few states: what is learned by heart misleads elsewhere."""
     torch.manual_seed(0)
