@@ -149,7 +149,7 @@ class TrainConfig:
             raise ValueError("--online_iterations must be 0, or above --initial_collection_steps")
         self.n_offline = round(self.batch_size * self.mixing_ratio)  # these rows stand first
         if not 0 < self.n_offline < self.batch_size:
-            raise ValueError(f"--mixing_ratio {self.mixing_ratio} leaves one half without rows")
+            raise ValueError(f"--mixing_ratio {self.mixing_ratio} leaves one half empty")
         if self.cql_temp == 0:
             raise ValueError("--cql_temp must be above 0")
         if self.is_sparse_reward and self.discount == 1:

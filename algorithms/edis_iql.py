@@ -131,7 +131,7 @@ class TrainConfig:
             raise ValueError("--online_iterations must be 0, or above --initial_collection_steps")
         self.n_offline = round(self.batch_size * self.mixing_ratio)  # these rows stand first
         if not 0 < self.n_offline < self.batch_size:
-            raise ValueError(f"--mixing_ratio {self.mixing_ratio} leaves one half without rows")
+            raise ValueError(f"--mixing_ratio {self.mixing_ratio} leaves one half empty")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda, but torch sees no CUDA device: use --device cpu")
         if self.compile and not shutil.which(os.environ.get("CXX", "g++")):

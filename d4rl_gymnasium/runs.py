@@ -21,7 +21,7 @@ from filelock import Timeout
 from d4rl_gymnasium.download import DatasetError, one_line
 
 CURES = {  # of what a file system refuses
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room, then the same command goes on",
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room, then the same command resumes",
     (errno.EACCES, errno.EPERM, errno.EROFS): "get leave to read and write there, or name another",
     (errno.EISDIR,): "a folder stands where a file should be: move it away",
     (errno.ENOTDIR, errno.EEXIST): "a file or a dangling link stands where a folder should be: "
@@ -59,7 +59,7 @@ def errors_in_one_line():
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
+        sys.exit("interrupted; the same command resumes from the last checkpoint")
     except Timeout as error:
         sys.exit(f"error: another process is training in {os.path.dirname(error.lock_file)}")
     except (DatasetError, FloatingPointError) as error:

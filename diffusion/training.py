@@ -74,7 +74,7 @@ def train_behavior(
 
     `on_progress(updates_done, loss=, held_out_loss=)` is called every 1,000 updates and at the end;
     loss is the mean since the last call. The training is kept in `path` + ".partial"; a call that
-    finds the file goes on from it. Raises FloatingPointError when the loss is not finite,
+    finds the file resumes it. Raises FloatingPointError when the loss is not finite,
     DamagedFileError when the partial file is damaged or holds another training.
     """
     updates, partial = config.behavior_iterations, Path(f"{path}.partial")

@@ -327,7 +327,7 @@ def execute(runs: list[Run], todo: list[Run], ray, args) -> int:
         for ref in running:
             ray.cancel(ref)
         ray.wait(list(running), num_returns=len(running))
-        sys.exit("interrupted; the same command goes on from there")
+        sys.exit("interrupted; the same command resumes from there")
     return len(failed)
 
 

@@ -42,7 +42,7 @@ def test_the_stop_button_releases_the_lock(monkeypatch, group, tmp_path):
 def test_ctrl_c_on_the_command_line_ends_in_one_line(monkeypatch, group, tmp_path):
     interrupt(monkeypatch, getattr(group.baseline, AGENTS[group.baseline]), "train", 5)
     message = last_line(group.baseline, tmp_path, **SHORT)
-    assert message == "interrupted; the same command goes on from the last checkpoint"
+    assert message == "interrupted; the same command resumes from the last checkpoint"
 
 
 @SCRIPTS

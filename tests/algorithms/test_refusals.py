@@ -207,5 +207,5 @@ def test_a_full_disk_ends_in_one_line(monkeypatch, group, tmp_path):
     message = last_line(group.baseline, tmp_path, **sizes)
     path = directory(tmp_path, group.baseline)
     reason = f"{path / 'checkpoint.pt'}: No space left on device"
-    assert message == f"error: {reason}: make room, then the same command goes on"
+    assert message == f"error: {reason}: make room, then the same command resumes"
     assert torch.load(path / "checkpoint.pt")["step"] == 10

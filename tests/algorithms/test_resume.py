@@ -71,10 +71,10 @@ def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(
             command, env=environment, capture_output=True, text=True, timeout=300
         )
         assert child.returncode == -signal.SIGKILL, child.stderr
-        assert ("going on" in child.stdout) == bool(resumed)
-        assert f"from {resumed}\n" in child.stdout or not resumed
+        assert ("resuming" in child.stdout) == bool(resumed)
+        assert f"at {resumed}\n" in child.stdout or not resumed
     path = run(group.dare, tmp_path)
-    assert "from online step 150\n" in capsys.readouterr().out
+    assert "at online step 150\n" in capsys.readouterr().out
     assert_same_end(path, finished)
     names = "config.yaml eval.csv train.csv checkpoint.pt offline.pt lock"
     assert {p.name for p in path.iterdir()} == set(names.split())
@@ -110,17 +110,17 @@ def test_a_run_that_is_interrupted_wherever_it_may_be_ends_as_if_it_had_not_been
     assert state["n_sums"] == 20 and state["sums"].keys() >= set(group.columns)
     capsys.readouterr()
     path = run(script, tmp_path)
-    assert f"from {resumed}\n" in capsys.readouterr().out
+    assert f"at {resumed}\n" in capsys.readouterr().out
     assert_same_end(path, finished)
 
 
 def test_going_on_with_an_edited_script_is_said(monkeypatch, tmp_path, capsys):
     run(iql, tmp_path, offline_iterations=50, online_iterations=0)
     run(iql, tmp_path, offline_iterations=50, online_iterations=70)
-    assert "from online step 0\n" in capsys.readouterr().out
+    assert "at online step 0\n" in capsys.readouterr().out
     monkeypatch.setattr(iql, "digest", lambda path: "of another text")
     run(iql, tmp_path, offline_iterations=50, online_iterations=80)
-    assert "from online step 70, with an edited script\n" in capsys.readouterr().out
+    assert "at online step 70, with an edited script\n" in capsys.readouterr().out
 
 
 def test_a_run_that_is_stopped_after_its_first_evaluation_does_not_evaluate_again(
@@ -174,7 +174,7 @@ def test_a_finished_run_goes_on_when_it_gets_more_steps(group, finished, cached_
     path = run(group.dare, cached_runs, online_iterations=120)
     assert checkpoint(path)["step"] == 120
     run(group.dare, cached_runs)
-    assert "from online step 120\n" in capsys.readouterr().out
+    assert "at online step 120\n" in capsys.readouterr().out
     assert_same_end(path, finished)
 
 

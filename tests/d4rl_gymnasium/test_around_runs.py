@@ -111,14 +111,14 @@ def test_help_has_the_comment_of_a_setting_below_a_banner(capsys):
 @pytest.mark.parametrize(
     "error, message",
     [
-        (KeyboardInterrupt(), "interrupted; the same command goes on from the last checkpoint"),
+        (KeyboardInterrupt(), "interrupted; the same command resumes from the last checkpoint"),
         (Timeout("/runs/x/lock"), "error: another process is training in /runs/x"),
         (DatasetError("no data"), "error: no data"),
         (FloatingPointError("q is not finite"), "error: q is not finite"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/runs/x/eval.csv"),
             "error: /runs/x/eval.csv: No space left on device: make room, then the same command "
-            "goes on",
+            "resumes",
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/runs/x"),
@@ -211,7 +211,7 @@ def test_a_signal_ends_in_one_line_also_where_a_shell_ignores_it(number):
     """As in a job in the background of a shell script."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+        with pytest.raises(SystemExit, match="interrupted; the same command resumes"):
             with errors_in_one_line():
                 signal.raise_signal(number)
         assert signal.getsignal(number) == signal.SIG_IGN

@@ -380,7 +380,7 @@ def test_kill_interrupt_and_failure(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 1
-        assert output.endswith("interrupted; the same command goes on from there\n")
+        assert output.endswith("interrupted; the same command resumes from there\n")
         assert yaml.safe_load((directory / "job.yaml").read_text())["attempts"] == 2
         process = start("--retries", "0")
         output, _ = process.communicate(timeout=240)
