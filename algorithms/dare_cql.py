@@ -2,6 +2,7 @@
 
 DARE (Dynamic Alignment for RElease) is Algorithm 1 with Eqs. 5 to 10 and 14 on Cal-QL: this file
 is algorithms/cal_ql.py plus what is marked `# DARE`.
+On a CPU add --config_path fast_behavior.yaml, or the behavior model takes days.
 
 Cal-QL is Nakamoto et al. (2023); --calibrated false --name cql runs CQL, Kumar et al. (2020).
 Online, each batch is half offline and half online data. Equations and tables are the DARE paper's,

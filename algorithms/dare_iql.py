@@ -2,6 +2,7 @@
 
 DARE (Dynamic Alignment for RElease) is Algorithm 1 with Eqs. 5 to 10, 15 and 16 on implicit
 Q-learning: this file is algorithms/iql.py plus what is marked `# DARE`.
+On a CPU add --config_path fast_behavior.yaml, or the behavior model takes days.
 
 IQL is Kostrikov et al. (2021); online, each batch is half offline and half online data, as in PEX.
 Equations and tables are the DARE paper's, names and order CORL's: see algorithms/README.md.
