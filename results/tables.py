@@ -13,6 +13,7 @@ lib/statistics.py says how intervals are made.
 import argparse
 import csv
 import functools
+import itertools
 import re
 import sys
 from collections import defaultdict
@@ -209,6 +210,22 @@ def comparison(runs: dict) -> list[Table]:
     ]  # fmt: skip
 
 
+def pairs(runs: dict) -> list[Table]:
+    """The difference of every two methods on each task, with those of the seeds."""
+    rows, methods = [], in_order({method for method, _ in runs})
+    for task in sorted({task for _, task in runs}):
+        for other, method in itertools.combinations(methods, 2):
+            values, sizes = differences(runs, method, other, task)
+            if len(values):
+                row = {"task": task, "method": method_of(method).label}
+                row |= {"minus": method_of(other).label, "difference": difference(values, sizes)}
+                rows.append(row | {"in the seeds": ", ".join(f"{x:+.1f}" for x in values)})
+    return [
+        Table("Every two methods", rows,
+              ["Differences of last-four means (pairs of runs), with 95% t intervals."])
+    ]  # fmt: skip
+
+
 def over_tasks(pairs: list[tuple]) -> Cell | None:
     """Mean over tasks of the differences of (differences, sizes), with its interval."""
     if not pairs:
@@ -303,6 +320,7 @@ def exchange(runs: dict) -> list[Table]:
 OTHERS = {
     "scores": scores,
     "comparison": comparison,
+    "pairs": pairs,
     "exchange": exchange,
     "cost": cost,
     "claims": lambda runs: [claims(runs)],

@@ -207,6 +207,17 @@ def test_comparison_pairs_by_seed_and_cuts_at_the_smaller_number_of_steps():
     assert total["tasks (minus baseline)"] == 1 and total["minus baseline"].mean == 1
 
 
+def test_pairs_have_every_two_methods_that_share_seeds():
+    records = flat("iql", H, [1, 2]) + flat("dare_iql", H, [4, 7]) + flat("dare_iql_n16", W, [1])
+    (table,) = tables.pairs(by_seed(records))
+    (row,) = table.rows
+    assert (row["task"], row["method"], row["minus"]) == (H, "DARE-I", "IQL")
+    half = stats.t.ppf(0.975, 1)  # of 3 and 5, whose mean has a deviation of 1
+    assert row["difference"].mean == 4
+    assert row["difference"].interval == pytest.approx((4 - half, 4 + half))
+    assert row["in the seeds"] == "+3.0, +5.0"
+
+
 def test_aggregate_difference_weighs_tasks_alike():
     records = flat("cal_ql", H, [0, 0]) + flat("dare_cql", H, [1, 3])
     records += flat("cal_ql", W, [0] * 4) + flat("dare_cql", W, [10] * 4)
@@ -287,7 +298,7 @@ def test_latex_is_escaped_and_its_columns_balance(program):
     assert out.count("{") == out.count("}") and out.count("$") % 2 == 0
     found = re.findall(r"\\begin{tabular}{(l+)}(.*?)\\end{tabular}", out, re.DOTALL)
     assert out.count(r"\begin{table}") == out.count(r"\end{table}") == len(found)
-    assert len(found) == 7 + 5 + 6
+    assert len(found) == 7 + 5 + 7
     for columns, body in found:
         rows = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert {len(re.split(r"(?<!\\)&", row)) for row in rows} == {len(columns)}
