@@ -311,8 +311,8 @@ def exchange(runs: dict) -> list[Table]:
     note = (
         "Of the online log rows (means over log_freq steps) of each run: mean ± population "
         "standard deviation over (n) runs. M: exchanged pairs of an update, of half a batch; by "
-        "chance: with the same scores, labels drawn at random, and no cap. AUC: probability that an "
-        "offline row scores lower than an online one."
+        "chance: with the same scores, labels drawn at random, and no cap. AUC: probability that "
+        "an offline row scores lower than an online one."
     )
     return [Table("Exchange", rows, [note])]
 
