@@ -265,15 +265,21 @@ FULL_SIZE = replace(
     parts=[
         (
             "iql dare_iql_no_exchange dare_iql_resample dare_iql_resample_random dare_iql",
-            ["halfcheetah-medium-replay-v2", "hopper-medium-v2", "walker2d-medium-replay-v2"],
+            [
+                "halfcheetah-medium-replay-v2",
+                "hopper-medium-v2",
+                "walker2d-medium-replay-v2",
+                "antmaze-umaze-diverse-v2",
+            ],
         )
     ],
     seeds=(0, 1, 2),
     configs={"iql": "results/full_size.yaml", "dare_iql": "results/full_size_dare.yaml"},
     # As REGENERATED, whose offline agents will do.
     task_settings={
-        task: {"offline_iterations": 200_000}
-        for task in ("hopper-medium-v2", "walker2d-medium-replay-v2")
+        "hopper-medium-v2": {"offline_iterations": 200_000},
+        "walker2d-medium-replay-v2": {"offline_iterations": 200_000},
+        "antmaze-umaze-diverse-v2": {"offline_iterations": 200_000, "n_episodes": 50},
     },
 )
 FINETUNING_CQL = replace(
