@@ -108,6 +108,9 @@ METHODS = {
     "dare_cql_no_guidance": Method(
         "DARE-C, no guidance", "#DDAA33", "dare_cql", {"guidance_scale": 0}
     ),
+    "dare_cql_resample": Method(
+        "DARE-C, resampled reference", "#661100", "dare_cql", {"reference": "resample"}
+    ),
     "dare_cql_no_exchange": Method(
         "DARE-C, no exchange", "#222222", "dare_cql", {"exchange": "none"}
     ),
@@ -289,7 +292,7 @@ FINETUNING_CQL = replace(
         (methods, ["halfcheetah-medium-replay-v2"])
         for methods in (
             "cal_ql dare_cql_no_exchange dare_cql_random dare_cql",
-            "cal_ql_alpha5 dare_cql_no_exchange_alpha20",
+            "cal_ql_alpha5 dare_cql_no_exchange_alpha20 dare_cql_resample",
         )
     ],
     seeds=(0, 1, 2),
