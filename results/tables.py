@@ -5,9 +5,9 @@
     python results/tables.py pages [--check]    write the generated pages of this repository
 
 `--table` takes table1, 2, 3, 8, 9, 10, 11 of the paper; `scores`, `comparison` (all methods and
-tasks that there are, paired with the baseline and with DARE), `pairs` (every two methods), `exchange`,
-`cost` and `claims` (what the paper says, against the runs). A cell is mean ± population standard deviation (runs);
-lib/statistics.py says how intervals are made.
+tasks that there are, paired with the baseline and with DARE), `pairs` (every two methods),
+`exchange`, `cost` and `claims` (what the paper says, against the runs). A cell is mean ±
+population standard deviation (runs); lib/statistics.py says how intervals are made.
 """
 
 import argparse
