@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import math
 import os
 import shlex
 import signal
@@ -70,19 +71,29 @@ class Run:
 
     @property
     def changed(self) -> list[str]:
-        """Settings of which the run in the directory has other values than this one."""
+        """Settings of which the run in the directory has other values than this one.
+
+        Fewer online steps are none: the command goes on from there.
+        """
         if not (old := read_yaml(self.directory / "config.yaml")):
             return []
         free = set(script_module(self.script).FREE) - {"online_iterations"}
+        if old.get("online_iterations", math.inf) < self.steps:
+            free.add("online_iterations")
         new = dataclasses.asdict(config_of(self))
         return [k for k, v in new.items() if k not in free and v != old.get(k)]
+
+    @property
+    def steps(self) -> int:
+        """Online steps that it shall have."""
+        return config_of(self).online_iterations
 
     @property
     def state(self) -> str:
         """Finished, crashed (its log ends in an error), started or missing; or changed."""
         if self.changed:
             return "changed"
-        if is_finished(self.directory):
+        if is_finished(self.directory, self.steps):
             return "finished"
         if last_line(self.log).startswith("error:"):
             return "crashed"
@@ -304,7 +315,7 @@ def execute(runs: list[Run], todo: list[Run], ray, args) -> int:
                     print(f"skipped: {run.directory} waits for {min(needs & failed)}", flush=True)
                     failed.add(run.directory)
                 elif needs <= finished:
-                    words = run.command, str(run.directory), str(run.log), commit
+                    words = run.command, run.steps, str(run.directory), str(run.log), commit
                     running[task.remote(*words)] = run
                 else:
                     continue

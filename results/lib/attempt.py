@@ -22,8 +22,10 @@ POLL_SECONDS = 0.2
 LOCK_SECONDS = 60.0  # that an attempt waits for the end of the one before
 
 
-def attempt(command: list[str], directory: str, log: str, commit: str | None):
-    """Run a command to its end and write job.yaml; nothing is done for a finished run.
+def attempt(command: list[str], steps: int, directory: str, log: str, commit: str | None):
+    """Run a command to its end and write job.yaml; nothing is done for a run that has its steps.
+
+    `steps` are the online steps of the command.
 
     Raises:
         RuntimeError: it failed, or another process holds the run's directory.
@@ -32,7 +34,7 @@ def attempt(command: list[str], directory: str, log: str, commit: str | None):
     # Under nohup a worker starts with interrupts ignored, and by one a task is cancelled.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     directory = Path(directory)
-    if is_finished(directory):
+    if is_finished(directory, steps):
         return
     directory.mkdir(parents=True, exist_ok=True)
     try:

@@ -12,6 +12,7 @@ import yaml
 
 from lib.attempt import attempt, last_line
 from lib.experiments import ROOT
+from lib.records import is_finished
 
 DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
 COMMAND = ["python", "algorithms/iql.py", "--env", "hopper-medium-v2", "--data", str(DATA)]
@@ -25,16 +26,19 @@ def test_an_attempt(tmp_path, monkeypatch):
     directory, log = tmp_path / "iql" / "hopper-medium-v2" / "seed_0", tmp_path / "log"
     words = [*COMMAND, "--runs_dir", str(tmp_path)]
     with pytest.raises(RuntimeError, match="error: --beta must be from 0 to .*, not -1"):
-        attempt([*words, "--beta", "-1"], str(directory), str(log), "abc1234")
-    attempt(words, str(directory), str(log), "abc1234")
+        attempt([*words, "--beta", "-1"], 2, str(directory), str(log), "abc1234")
+    attempt(words, 2, str(directory), str(log), "abc1234")
     job = yaml.safe_load((directory / "job.yaml").read_text())
     assert job["attempts"] == 2 and job["commit"] == "abc1234" and " x " in job["hardware"]
     assert job["command"] == " ".join(words) and job["torch"][0].isdecimal()
     assert 0.5 < job["seconds"] < 240 and 0.1 < job["peak_memory_gb"] < 2
     assert last_line(log).startswith("curve: ") and "attempt 2: python" in log.read_text()
     before = log.read_text()
-    attempt(words, str(directory), str(log), "abc1234")  # it is finished
+    attempt(words, 2, str(directory), str(log), "abc1234")  # it is finished
     assert log.read_text() == before
+    words += ["--online_iterations", "4"]
+    attempt(words, 4, str(directory), str(log), "abc1234")  # goes on
+    assert is_finished(directory, 4)
 
 
 def test_a_cancelled_attempt_saves_and_stops_also_under_nohup(tmp_path, monkeypatch):
@@ -51,7 +55,7 @@ def test_a_cancelled_attempt_saves_and_stops_also_under_nohup(tmp_path, monkeypa
     try:
         threading.Thread(target=cancel, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
-            attempt(words, str(directory), str(log), "abc1234")
+            attempt(words, 2, str(directory), str(log), "abc1234")
     finally:
         signal.signal(signal.SIGINT, before)
     assert last_line(log).startswith("interrupted;")

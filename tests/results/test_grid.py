@@ -208,6 +208,11 @@ def test_states_and_what_is_left_to_do(program, tmp_path, monkeypatch):
         "missing": 3,
         "crashed": 1,
     }
+    longer = program("list", *args, "--set", "online_iterations=300000")
+    assert [line.split()[0] for line in longer[4:8]] == ["started", "started", "crashed", "missing"]
+    assert longer[0].startswith("finished")  # an offline agent has no online steps
+    shorter = program("list", *args, "--set", "online_iterations=100000")
+    assert [line.split()[0] for line in shorter[4:6]] == ["changed", "changed"]
     message = f"prepare_iql/{ENV}/seed_0 has other settings of beta; move it away, or use another"
     with pytest.raises(SystemExit, match=message):
         program("run", *args, "--set", "beta=7", "--dry_run")
@@ -288,7 +293,7 @@ class InlineRay:
 
     def options(self, **asked):
         self.asked = asked
-        return type("Task", (), {"remote": lambda _, command, directory, *rest: directory})()
+        return type("Task", (), {"remote": lambda _, command, steps, directory, *rest: directory})()
 
     def wait(self, refs, timeout):
         return refs[:1], refs[1:]
