@@ -30,6 +30,8 @@ from lib.attempt import attempt, last_line
 from lib.experiments import EXPERIMENTS, METHODS, ROOT, Experiment, Method
 from lib.records import PREPARING, is_finished, read_yaml
 
+METHODS_FILE = "results/lib/experiments.py"
+
 # --- Runs ---
 
 
@@ -182,7 +184,28 @@ def check_agent(run: Run, agent: Run):
     if differing := [key for key in fields if mine[key] != others.get(key)]:
         sys.exit(f"error: {shlex.join(run.command)} cannot start from the offline agent of "
                  f"{shlex.join(agent.command)}, which has another {', '.join(differing)}; "
-                 "make them equal in the configuration files")  # fmt: skip
+                 "make them equal in the configuration files, or give the method offline agents of "
+                 f"its own: offline={run.directory.parts[-3]!r} in {METHODS_FILE}")  # fmt: skip
+
+
+def check_method(name: str):
+    """Refuse a method that cannot be run.
+
+    Raises:
+        SystemExit: it has no entry, script or offline agent, or its script has no such setting.
+    """
+    if name not in METHODS:
+        sys.exit(f"error: an experiment in {METHODS_FILE} has {name}, METHODS there has not")
+    method = METHODS[name]
+    if not (ROOT / "algorithms" / f"{method.script}.py").exists():
+        sys.exit(f"error: {name} of {METHODS_FILE} has the script {method.script}: "
+                 f"there is no algorithms/{method.script}.py")  # fmt: skip
+    if method.agent not in METHODS:
+        sys.exit(f"error: {name} has no offline agent: give BASELINES[{method.script!r}] in "
+                 f"{METHODS_FILE} the name of a method")  # fmt: skip
+    if unknown := set(method.settings) - fields_of(method.script):
+        sys.exit(f"error: {name} of {METHODS_FILE} has the setting {min(unknown)}, which "
+                 f"algorithms/{method.script}.py has not")  # fmt: skip
 
 
 def plan(names: list[str], options: dict, methods=None, tasks=None, seeds=None) -> list[Run]:
@@ -196,9 +219,12 @@ def plan(names: list[str], options: dict, methods=None, tasks=None, seeds=None) 
         seeds: seeds instead of the experiments' own, or None.
 
     Raises:
-        SystemExit: two experiments give one run different settings, or an agent cannot be shared.
+        SystemExit: two experiments give one run different settings, an agent cannot be shared, or
+            a method cannot be run.
     """
     runs, last_sampler, checked = {}, {}, set()
+    for method in dict.fromkeys(method for x in names for method in EXPERIMENTS[x].methods):
+        check_method(method)
 
     def add(run: Run) -> Run:
         if runs.setdefault(run.directory, run).command != run.command:

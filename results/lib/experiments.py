@@ -29,6 +29,7 @@ class Method:
     color: str
     script: str
     settings: dict = field(default_factory=dict)
+    offline: str | None = None  # whose offline agent it starts from, if not the baseline's
 
     @property
     def baseline(self) -> str | None:
@@ -43,7 +44,7 @@ class Method:
     @property
     def agent(self) -> str:
         """The method whose offline agent fine-tuning starts from."""
-        return "cql" if "calibrated" in self.settings else self.baseline
+        return self.offline or self.baseline
 
 
 UTD10 = {"utd": 10, "online_iterations": 100_000}
@@ -93,7 +94,7 @@ METHODS = {
     "pex_utd10": Method("PEX, UTD = 10", "#4477AA", "pex", UTD10),
     "edis_iql_utd10": Method("EDIS-I, UTD = 10", "#114466", "edis_iql", UTD10),
     "dare_iql_utd10": Method("DARE-I, UTD = 10", "#BB4400", "dare_iql", UTD10),
-    "cql": Method("CQL", "#999999", "cal_ql", {"calibrated": "false"}),
+    "cql": Method("CQL", "#999999", "cal_ql", {"calibrated": "false"}, offline="cql"),
     "cal_ql": Method("Cal-QL", "#66AADD", "cal_ql"),
     # R at the weight that it has in Eq. 14, on the offline-like half of a batch alone ...
     "cal_ql_alpha5": Method("Cal-QL, alpha 5 online", "#4477AA", "cal_ql", {"cql_alpha_online": 5}),
@@ -220,13 +221,14 @@ _CQL, _IQL = (
     " ".join([m for m in _VARIANTS if METHODS[m].baseline == base and m != dare] + [dare])
     for base, dare in (("cal_ql", "dare_cql"), ("iql", "dare_iql"))
 )
+_OWN = " ".join(m for m in METHODS if METHODS[m].dare and METHODS[m].script not in DARES)
 PICTURES = FIGURES | {
     "fig3-iql": _group("Gaussian or direct exchange", "dare_iql_direct dare_iql", TASKS),
-    "sign": _group("Which half scores higher", "dare_cql|dare_iql_no_guidance dare_iql", TASKS,
-                   shows="sign"),
+    "sign": _group("Which half scores higher",
+                   f"dare_cql|dare_iql_no_guidance dare_iql {_OWN}", TASKS, shows="sign"),
     "auc": _group("Do the scores tell the halves apart? 0.5: no",
-                  "dare_cql|dare_iql_no_guidance dare_iql_random dare_iql_resample dare_iql", TASKS,
-                  shows="auc"),
+                  "dare_cql|dare_iql_no_guidance dare_iql_random dare_iql_resample dare_iql"
+                  f" {_OWN}", TASKS, shows="auc"),
     "differences-iql": _group("Last-four mean minus that of DARE-I, by seed", _IQL, TASKS,
                               shows="differences"),
     "differences-cql": _group("Last-four mean minus that of DARE-C, by seed", _CQL, TASKS,

@@ -72,7 +72,7 @@ def names_of(runs):
 def test_experiments_are_methods_and_tasks_that_exist():
     names = [f"table{i}" for i in (1, 2, 3, 8, 9, 10, 11)] + [f"fig{i}" for i in range(1, 15)]
     own = ["finetuning", "finetuning_cql", "finetuning_replay", "full_size", "regenerated"]
-    assert set(EXPERIMENTS) == {*names, "paper", *own} and len(TASKS) == 13
+    assert set(EXPERIMENTS) >= {*names, "paper", *own} and len(TASKS) == 13
     plans = [*EXPERIMENTS.values(), *PICTURES.values()]
     assert {m for x in plans for m in x.methods} == set(METHODS)
     assert all(set(x.tasks) <= set(TASKS) for x in EXPERIMENTS.values())
@@ -167,15 +167,33 @@ def test_settings_of_a_task_hold_for_it_alone_and_for_its_agents(monkeypatch):
 def test_an_agent_with_other_settings_is_refused(monkeypatch):
     monkeypatch.setitem(METHODS, "mine", Method("Mine", "#000000", "iql", {"beta": 7}))
     monkeypatch.setitem(EXPERIMENTS, "mine", Experiment("Mine", [("mine", [ENV])]))
-    with pytest.raises(SystemExit, match="--beta 7 .*cannot start .* another beta; make"):
+    with pytest.raises(SystemExit, match="another beta; make .* agents of its own: offline='mine'"):
+        grid.plan(["mine"], {})
+    own = Method("Mine", "#000000", "iql", {"beta": 7}, offline="mine")
+    monkeypatch.setitem(METHODS, "mine", own)
+    agent, run = grid.plan(["mine"], {}, seeds=[0])
+    assert names_of([agent, run]) == ["prepare_mine", "mine"] and own.baseline == "iql"
+    assert agent.flags["beta"] == 7 and "prepare_mine" in run.flags["load_model"]
+
+
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        (None, "has mine, METHODS there has not"),
+        (Method("Mine", "#000000", "mime"), "there is no algorithms/mime.py"),
+        (Method("Mine", "#000000", "iql", {"bata": 7}), "the setting bata, which algorithms/iql"),
+        (Method("Mine", "#000000", "iql", offline="mime"), "give BASELINES.* the name of a method"),
+    ],
+)
+def test_a_method_that_cannot_be_run_is_refused(monkeypatch, method, message):
+    if method:
+        monkeypatch.setitem(METHODS, "mine", method)
+    monkeypatch.setitem(EXPERIMENTS, "mine", Experiment("Mine", [("mine", [ENV])]))
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
         grid.plan(["mine"], {})
 
 
 def test_states_and_what_is_left_to_do(program, tmp_path, monkeypatch):
-    monkeypatch.setattr(grid, "fields_of", lambda script: grid_fields)
-    grid_fields = {
-        field.name for field in dataclasses.fields(importlib.import_module("iql").TrainConfig)
-    }
     args = ["table8", "--methods", "iql", "--tasks", ENV, "--seeds", "0,1,2,3"]
     args += ["--runs_dir", tmp_path]
 

@@ -233,11 +233,11 @@ def test_aggregate_difference_weighs_tasks_alike():
     [("cql", "cal_ql", None), ("cal_ql", "cal_ql", None), ("edis_cql", "cal_ql", None),
      ("dare_cql", "cal_ql", "dare_cql"), ("dare_cql_direct", "cal_ql", "dare_cql"),
      ("pex_utd10", "iql", None), ("edis_iql", "iql", None), ("dare_iv", "iql", "dare_iql"),
-     ("dare_iql_mine", "iql", "dare_iql"), ("mine", None, None)],
+     ("dare_iql_other", "iql", "dare_iql"), ("other", None, None)],
 )  # fmt: skip
 def test_what_methods_are_compared_with(method, base, dare):
     assert [other(method) for other in tables.AGAINST.values()] == [base, dare]
-    assert (method_of(method).label == method) == method.endswith("mine")
+    assert (method_of(method).label == method) == method.endswith("other")
 
 
 def test_scores_have_the_methods_of_two_tasks_and_say_the_seeds_once():
