@@ -529,7 +529,7 @@ class Run:
                 self.checkpoint = state = load(path)
                 old, new = state["settings"], self.settings
                 if other := [k for k in new | old if k not in FREE and new.get(k) != old.get(k)]:
-                    names = ", ".join(other)
+                    names = ", ".join(f"{k} ({old.get(k)})" for k in other)
                     sys.exit(f"error: {self.dir} was run with another {names}: use another --name")
                 phase, step, last = state["phase"], state["step"], config.offline_iterations
                 if phase == "online":

@@ -238,7 +238,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path, help="runs directory or records")
     parser.add_argument("--figure", help=f"of {', '.join(PICTURES)}; default: all")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "figures")
+    parser.add_argument("--output", type=Path, default=Path("figures"), help="default: figures/")
     parser.add_argument("--format", choices=["png", "pdf"], default="png")
     args = parser.parse_args()
     names = args.figure.split(",") if args.figure else list(PICTURES)

@@ -95,7 +95,7 @@ def test_cql_is_cal_ql_without_calibration(tmp_path):
     # The returns are above Q at first: the calibrated regularizer is the larger one.
     assert regularizers[0] > regularizers[1]
     message = last_line(cal_ql, tmp_path, **sizes, calibrated=False)
-    assert "was run with another calibrated:" in message
+    assert "was run with another calibrated (True):" in message
 
 
 def test_both_groups_share_the_behavior_model(tmp_path, capsys):

@@ -38,7 +38,8 @@ def test_other_settings_are_refused(group, stopped):
     message = refused(group, stopped, discount=0.9, utd=2, batch_size=16)
     assert message.startswith(f"error: {stopped} was run with another ")
     named = message.split("with another ")[1].split(":")[0]
-    assert named.split(", ") == ["utd", "batch_size", "discount"]  # in the order of TrainConfig
+    # In the order of TrainConfig, with the values that go on.
+    assert named == "utd (1), batch_size (32), discount (0.99)"
     assert message.endswith(": use another --name")
 
 

@@ -179,7 +179,7 @@ def test_an_agent_with_other_settings_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     "method, message",
     [
-        (None, "has mine, METHODS there has not"),
+        (None, "has other, METHODS there has not"),
         (Method("Mine", "#000000", "mime"), "there is no algorithms/mime.py"),
         (Method("Mine", "#000000", "iql", {"bata": 7}), "the setting bata, which algorithms/iql"),
         (Method("Mine", "#000000", "iql", offline="mime"), "give BASELINES.* the name of a method"),
@@ -187,10 +187,10 @@ def test_an_agent_with_other_settings_is_refused(monkeypatch):
 )
 def test_a_method_that_cannot_be_run_is_refused(monkeypatch, method, message):
     if method:
-        monkeypatch.setitem(METHODS, "mine", method)
-    monkeypatch.setitem(EXPERIMENTS, "mine", Experiment("Mine", [("mine", [ENV])]))
+        monkeypatch.setitem(METHODS, "other", method)
+    monkeypatch.setitem(EXPERIMENTS, "other", Experiment("Mine", [("other", [ENV])]))
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
-        grid.plan(["mine"], {})
+        grid.plan(["other"], {})
 
 
 def test_states_and_what_is_left_to_do(program, tmp_path, monkeypatch):
