@@ -264,6 +264,8 @@ FINETUNING_REPLAY = replace(
     ],
     seeds=(0, 1, 2),
 )
+# Offline as REGENERATED, whose agents will do.
+LONGER = {"offline_iterations": 200_000, "online_iterations": 50_000}
 FULL_SIZE = replace(
     FINETUNING,
     title="Fine-tuning with networks of the published size",
@@ -280,10 +282,9 @@ FULL_SIZE = replace(
     ],
     seeds=(0, 1, 2),
     configs={"iql": "results/full_size.yaml", "dare_iql": "results/full_size_dare.yaml"},
-    # As REGENERATED, whose offline agents will do.
     task_settings={
-        "hopper-medium-v2": {"offline_iterations": 200_000},
-        "walker2d-medium-replay-v2": {"offline_iterations": 200_000},
+        "hopper-medium-v2": LONGER,
+        "walker2d-medium-replay-v2": LONGER,
         "antmaze-umaze-diverse-v2": {"offline_iterations": 200_000, "n_episodes": 50},
     },
 )
