@@ -23,8 +23,8 @@ from d4rl_gymnasium.download import DatasetError, one_line
 CURES = {  # of what a file system refuses
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room, then the same command resumes",
     (errno.EACCES, errno.EPERM, errno.EROFS): "get leave to read and write there, or name another",
-    (errno.EISDIR,): "a folder stands where a file should be: move it away, or, where a run's folder "
-    "is named, name its offline.pt",
+    (errno.EISDIR,): "a folder stands where a file should be: move it away, or name a file (of a "
+    "run its offline.pt)",
     (errno.ENOTDIR, errno.EEXIST): "a file or a dangling link stands where a folder should be: "
     "move it away, or name another folder",
     (errno.ENOENT,): "look at the path, and for links in it that lead nowhere",
