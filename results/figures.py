@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lib.experiments import METHODS, PICTURES, ROOT, Experiment
-from lib.records import Record, by_seed, matched, read_records
+from lib.records import Record, by_seed, described, matched, read_records
 from lib.statistics import bootstrap, mean_of_tasks, t_interval
 
 STYLE = ROOT / "results" / "style.mplstyle"
@@ -43,6 +43,8 @@ ALONE = ("exchanged", "sign", "auc")  # drawn of one method, where others need t
 def panels_of(plan: Experiment, records: list[Record]) -> dict:
     """Runs of a figure by task and method; a task needs two methods, or one that has the quantity.
 
+    A method with fewer online steps has a shorter curve.
+
     Raises:
         ValueError: runs whose scores would share a panel differ in data or sizes.
     """
@@ -57,7 +59,7 @@ def panels_of(plan: Experiment, records: list[Record]) -> dict:
         if len(runs) < 2 - alone or (plan.shows == "differences" and plan.methods[-1] not in runs):
             continue
         panels[task] = runs
-        if not alone and len({r.sizes for found in runs.values() for r in found}) > 1:
+        if not alone and len({r.origin for found in runs.values() for r in found}) > 1:
             raise ValueError(f"{', '.join(runs)} on {task} differ in data or sizes; put the runs "
                              "of each size in a folder of their own")  # fmt: skip
     return panels
@@ -104,19 +106,21 @@ def differences(plan: Experiment, panels: dict) -> dict:
 
 def caption(plan: Experiment, panels: dict) -> str:
     """What a reader must know of the runs: seeds, data and sizes."""
-    tasks, methods = defaultdict(set), defaultdict(set)
+    who = defaultdict(lambda: defaultdict(list))  # tasks by sizes and methods
     for task, runs in panels.items():
+        methods, steps = defaultdict(set), defaultdict(int)
         for record in (r for records in runs.values() for r in records):
-            tasks[record.sizes].add(task.removesuffix("-v2"))
-            methods[record.sizes].add(METHODS[record.method].label)
+            methods[record.origin].add(METHODS[record.method].label)
+            steps[record.origin] = max(steps[record.origin], record.n_steps)
+        for origin, labels in methods.items():
+            labels = f"{', '.join(sorted(labels))} on " if len(methods) > 1 else ""
+            who[described(*origin, steps[origin])][labels].append(task.removesuffix("-v2"))
     counts = {len(records) for runs in panels.values() for records in runs.values()}
     seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
     parts = [f"{seeds} seed{'s' if seeds != '1' else ''}"]
-    differ_within_tasks = sum(map(len, tasks.values())) > len(panels)
-    for sizes in tasks:
-        who = f"{', '.join(sorted(methods[sizes]))} on " if differ_within_tasks else ""
-        who += f"{', '.join(sorted(tasks[sizes]))}: "
-        parts.append(who * (len(tasks) > 1) + sizes)
+    for sizes, tasks in who.items():
+        names = [labels + ", ".join(sorted(found)) for labels, found in tasks.items()]
+        parts.append(f"{', '.join(names)}: " * (len(who) > 1) + sizes)
     interval = "t interval" if plan.shows == "differences" else "bootstrap interval"
     mean = f"Mean and 95% {interval}; " if max(counts) > 1 else ""
     return f"{plan.title}. {mean}{'; '.join(parts)}."

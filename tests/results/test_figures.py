@@ -202,14 +202,24 @@ def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match=message) as stop:
             program(monkeypatch, *args, "--output", tmp_path)
         assert "\n" not in str(stop.value)
-    runs[1].settings["online_iterations"] = 200
+    runs[1].settings["hidden_dim"] += 1
     with pytest.raises(ValueError, match=f"iql, dare_iql on {H} differ in data or sizes"):
         figures.draw("fig7", runs)
-    runs[1].settings["online_iterations"] = 100
+    runs[1].settings["hidden_dim"] -= 1
     other = record("iql", H, 1)
     del other.eval[-1]
     with pytest.raises(ValueError, match=f"seeds of iql on {H} were logged at different"):
         figures.draw("fig7", [*runs, other])
+
+
+def test_a_shorter_run_has_a_shorter_curve():
+    long, short = record("iql", H, 0), record("dare_iql", H, 0)
+    short = short.until(short.eval[-2]["step"])
+    figure, _ = figures.draw("fig7", [long, short])
+    drawn = lines_of(figure.axes[0])
+    ends = [drawn[label].get_xdata()[-1] for label in ("IQL", "DARE-I")]
+    assert ends == [record.scores()[0][-1] for record in (long, short)] and ends[0] > ends[1]
+    assert "40 offline updates, 100 online steps" in small_print(figure)
 
 
 def test_every_method_has_a_colour_of_its_own_in_each_figure():
