@@ -121,6 +121,9 @@ def caption(plan: Experiment, panels: dict) -> str:
     for sizes, tasks in who.items():
         names = [labels + ", ".join(sorted(found)) for labels, found in tasks.items()]
         parts.append(f"{', '.join(names)}: " * (len(who) > 1) + sizes)
+    n_steps = {(task, r.n_steps) for task, runs in panels.items() for x in runs.values() for r in x}
+    if len(n_steps) > len(panels) and plan.shows != "differences":
+        parts.append("shorter curves are of fewer online steps")
     interval = "t interval" if plan.shows == "differences" else "bootstrap interval"
     mean = f"Mean and 95% {interval}; " if max(counts) > 1 else ""
     return f"{plan.title}. {mean}{'; '.join(parts)}."

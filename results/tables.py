@@ -166,11 +166,16 @@ def in_order(names) -> list[str]:
     return sorted(names, key=lambda name: (order.index(kind_of(name)), name))
 
 
-def differences(runs: dict, method: str, other: str | None, task: str) -> tuple[np.ndarray, str]:
-    """Last-four means of a method less another's by seed, and the data and sizes of the pairs."""
+def differences(
+    runs: dict, method: str, other: str | None, task: str, of: str = "last_four"
+) -> tuple[np.ndarray, str]:
+    """A method's scores less another's by seed, and the data and sizes of the pairs.
+
+    `of` is the property of a record that is compared.
+    """
     pairs = matched(runs, [method, other], task) if other not in (None, method) else []
     sizes = sizes_of([record for pair in pairs for record in pair])
-    return np.array([a.last_four - b.last_four for a, b in pairs]), sizes
+    return np.array([getattr(a, of) - getattr(b, of) for a, b in pairs]), sizes
 
 
 def comparison(runs: dict) -> list[Table]:
@@ -219,10 +224,15 @@ def pairs(runs: dict) -> list[Table]:
             if len(values):
                 row = {"task": task, "method": method_of(method).label}
                 row |= {"minus": method_of(other).label, "difference": difference(values, sizes)}
-                rows.append(row | {"in the seeds": ", ".join(f"{x:+.1f}" for x in values)})
+                row["in the seeds"] = ", ".join(f"{x:+.1f}" for x in values)
+                for heading, of in (("all evaluations", "after_updates"), ("the last", "last")):
+                    found = differences(runs, method, other, task, of)
+                    row[heading] = difference(*found)
+                rows.append(row)
     return [
         Table("Every two methods", rows,
-              ["Differences of last-four means (pairs of runs), with 95% t intervals."])
+              ["Differences of last-four means (pairs of runs), with 95% t intervals; then of the "
+               "means of all evaluations after online updates, and of the last evaluation."])
     ]  # fmt: skip
 
 

@@ -65,6 +65,18 @@ class Record:
         return float(np.mean(scores[1:][-4:] if len(scores) > 1 else scores))
 
     @property
+    def last(self) -> float:
+        """Score of the last online evaluation."""
+        return float(self.scores()[1][-1])
+
+    @property
+    def after_updates(self) -> float:
+        """Mean score of all evaluations after online updates; of none, offline_score."""
+        steps, scores = self.scores()
+        found = scores[steps > int(self.settings["initial_collection_steps"])]
+        return float(found.mean()) if len(found) else self.offline_score
+
+    @property
     def best(self) -> float:
         """Highest score of an online evaluation, step 0 included."""
         return float(self.scores()[1].max())

@@ -16,7 +16,7 @@ SIZES += "batches of 256, layers of 256"
 
 def run(method, env, seed, scores, train=(), **settings):
     """A record whose online evaluations lie evenly between step 0 and the last."""
-    settings = SMALL | {"eval_freq": 10_000} | settings
+    settings = SMALL | {"eval_freq": 10_000, "initial_collection_steps": 0} | settings
     steps = np.linspace(0, settings["online_iterations"], len(scores)).astype(int)
     rows = [{"phase": "online", "step": int(s), "d4rl_normalized_score": float(x)}
             for s, x in zip(steps, scores, strict=True)]  # fmt: skip

@@ -216,6 +216,14 @@ def test_pairs_have_every_two_methods_that_share_seeds():
     assert row["difference"].mean == 4
     assert row["difference"].interval == pytest.approx((4 - half, 4 + half))
     assert row["in the seeds"] == "+3.0, +5.0"
+    sizes = {"online_iterations": 60, "initial_collection_steps": 10}
+    records = [run("iql", H, 0, [0] * 7, **sizes), run("pex", H, 0, [9, 9, 1, 2, 3, 4, 8], **sizes)]
+    (row,) = tables.pairs(by_seed(records))[0].rows
+    assert (row["difference"].mean, row["all evaluations"].mean, row["the last"].mean) == (
+        17 / 4,
+        18 / 5,
+        8,
+    )
 
 
 def test_aggregate_difference_weighs_tasks_alike():
