@@ -290,13 +290,16 @@ FULL_SIZE = replace(
 )
 FINETUNING_CQL = replace(
     FINETUNING,
-    title="Fine-tuning of the CQL group from a replay buffer, with small networks",
+    title="Fine-tuning of the CQL group, with small networks",
     parts=[
-        (methods, ["halfcheetah-medium-replay-v2"])
-        for methods in (
+        (
             "cal_ql dare_cql_no_exchange dare_cql_random dare_cql",
+            ["halfcheetah-medium-replay-v2", "halfcheetah-medium-v2"],
+        ),
+        (
             "cal_ql_alpha5 dare_cql_no_exchange_alpha20 dare_cql_resample",
-        )
+            ["halfcheetah-medium-replay-v2"],
+        ),
     ],
     seeds=(0, 1, 2),
     configs={
