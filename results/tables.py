@@ -359,18 +359,18 @@ def prepared(rows: list[dict]) -> Table:
 
 def made_with(name: str, runs: dict) -> str:
     """How many runs of an experiment there are, and what made them."""
-    records, plan = (
-        [record for seeds in runs.values() for record in seeds.values()],
-        EXPERIMENTS[name],
-    )
+    records = [record for seeds in runs.values() for record in seeds.values()]
+    plan = EXPERIMENTS[name]
     planned = sum(len(part.split()) * len(tasks) for part, tasks in plan.parts) * len(plan.seeds)
     mine = [r for r in records if r.method in plan.methods and r.env in plan.tasks]
+    made = sum(r.seed in plan.seeds for r in mine)
+    more = f", and {len(mine) - made} of other seeds" if len(mine) > made else ""
     commits, hardware, torch = (
         ", ".join(sorted({str(r.settings.get(k, "unknown")) for r in records}))
         for k in ("commit", "hardware", "torch")
     )
     return (
-        f"{len(mine)} of {planned} runs are made (`python results/grid.py run {name}`): "
+        f"{made} of {planned} runs are made (`python results/grid.py run {name}`){more}: "
         "reduced sizes on regenerated data, which compare the methods with each other and with no "
         f"published number. Commit {commits}; {hardware}; torch {torch}.\n"
     )
@@ -398,8 +398,8 @@ STUDY = "full_size", "finetuning", "finetuning_replay", "finetuning_cql"
 def full_size_block() -> str:
     """The study with the largest networks, for the README of the repository."""
     runs = by_seed(read_records(RECORDS / "full_size"))
-    _, by_task = comparison(runs)
-    return "\n".join([made_with("full_size", runs), by_task.markdown()])
+    tables = [table.markdown() for table in scores(runs)]
+    return "\n".join([made_with("full_size", runs), *tables])
 
 
 # Written as a whole, from the records beside them.

@@ -376,5 +376,16 @@ def test_a_changed_number_is_found(tmp_path, monkeypatch):
 
 
 def test_the_block_of_the_readme_is_one_small_table():
-    lines = [x for x in tables.full_size_block().splitlines() if x.startswith("| halfcheetah")]
-    assert 3 <= len(lines) <= 8
+    block = tables.full_size_block()
+    assert block.count("\n### ") == 1
+    assert 4 <= len([x for x in block.splitlines() if x.startswith(("| IQL", "| DARE-I"))]) <= 8
+
+
+def test_runs_of_other_seeds_are_counted_beside_the_planned_ones():
+    task = tables.EXPERIMENTS["finetuning_replay"].tasks[0]
+    runs = by_seed([run("iql", task, seed, [1.0] * 5) for seed in (0, 2)])
+    assert tables.made_with("finetuning_replay", runs).startswith("2 of ")
+    assert "and" not in tables.made_with("finetuning_replay", runs).split(":")[0]
+    runs = by_seed([run("iql", task, seed, [1.0] * 5) for seed in (0, 2, 7)])
+    text = tables.made_with("finetuning_replay", runs)
+    assert re.match(r"2 of \d+ runs are made \(.*\), and 1 of other seeds: ", text)
