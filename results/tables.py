@@ -273,30 +273,32 @@ def scores(runs: dict) -> list[Table]:
 
 
 def cost(runs: dict) -> list[Table]:
-    """Time and memory of each method."""
-    rows = []
+    """Time and memory of each method on each hardware."""
+    groups = defaultdict(list)
     for method in in_order({method for method, _ in runs}):
-        tasks = [task for name, task in runs if name == method]
-        found = [record for task in tasks for record in runs[method, task].values()]
+        for (name, _), seeds in runs.items():
+            for record in seeds.values() if name == method else ():
+                groups[method, record.settings.get("hardware")].append(record)
+    rows = []
+    for (method, hardware), found in groups.items():
         ms = [1000 / row["steps_per_second"] for r in found for row in r.train
               if row["phase"] == "online" and "q_loss" in row]  # fmt: skip
-        time, memory, hardware = (
-            [r.settings[k] for r in found if k in r.settings]
-            for k in ("seconds", "peak_memory_gb", "hardware")
+        time, memory = (
+            [r.settings[k] for r in found if k in r.settings] for k in ("seconds", "peak_memory_gb")
         )
         rows.append({
             "method": method_of(method).label,
-            "tasks": len(tasks),
+            "hardware": hardware,
+            "tasks": len({record.env for record in found}),
             "runs": len(found),
             "ms per online step": Cell(float(np.median(ms)), sizes=sizes_of(found)) if ms else None,
             "processor seconds": Cell(float(np.median(time)), digits=0) if time else None,
             "peak memory, GB": Cell(max(memory), digits=2) if memory else None,
-            "hardware": "; ".join(sorted(set(hardware))) or None,
         })  # fmt: skip
     note = (
         "Medians over the online log rows with updates and over the runs; the highest peak. Runs "
         "of a grid leave offline agent, behavior model and support actions to others: these are "
-        "costs of fine-tuning and its evaluations. Compare methods of as many tasks."
+        "costs of fine-tuning and its evaluations. Compare rows of as many tasks on one hardware."
     )
     return [Table("Cost of fine-tuning", rows, [note])]
 
@@ -344,14 +346,15 @@ def prepared(rows: list[dict]) -> Table:
     """What the parts that runs share cost, from prepared.csv."""
     groups = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        groups[row["prepared"]][row["env"]].append(row["seconds"])
+        groups[row["prepared"], row["hardware"]][row["env"]].append(row["seconds"])
     lines, tasks = [], sorted({row["env"] for row in rows})
-    for name, found in groups.items():
+    for (name, hardware), found in groups.items():
         cells = {
             task: Cell(float(np.median(times)), seeds=len(times), digits=0)
             for task, times in found.items()
         }
-        lines.append({"prepared": name} | {task: cells.get(task) for task in tasks})
+        line = {"prepared": name, "hardware": hardware}
+        lines.append(line | {task: cells.get(task) for task in tasks})
     note = "Processor seconds, medians over (n) runs: offline agents of iql, cal_ql and cql, one a "
     note += "seed; behavior models with their support actions of dare, one a data set."
     return Table("Cost of what the runs share", lines, [note])

@@ -51,6 +51,17 @@ def difference(values, sizes: str) -> Cell | None:
     return Cell(float(values.mean()), None, len(values), interval, sizes, signed=True)
 
 
+def in_short(sizes: str) -> str:
+    """Several data and sizes as one text, where they differ with `or` between."""
+    columns = zip(*(part.rsplit(", ", 4) for part in sizes.split(" and ")), strict=True)
+    short = []
+    for texts in map(list, map(dict.fromkeys, columns)):
+        numbers, units = zip(*(text.split(" ", 1) for text in texts), strict=True)
+        same_unit = len(set(units)) == 1
+        short.append(f"{' or '.join(numbers)} {units[0]}" if same_unit else " or ".join(texts))
+    return ", ".join(short)
+
+
 @dataclass
 class Table:
     """Rows from column to text, Cell or None (empty)."""
@@ -67,7 +78,8 @@ class Table:
 
     def legend(self) -> list[str]:
         """What stands below the table: sizes and data, then notes."""
-        lines = [f"{mark[1:] or 'Unmarked'}: {sizes}." for sizes, mark in self.marks().items()]
+        lines = [f"{mark[1:] or 'Unmarked'}: {in_short(sizes)}."
+                 for sizes, mark in self.marks().items()]  # fmt: skip
         if any(sizes not in PAPER_SIZES.values() for sizes in self.marks()):
             lines.append("Not the paper's sizes or data: these numbers compare methods with each "
                          "other, not with published numbers.")  # fmt: skip

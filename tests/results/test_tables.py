@@ -13,7 +13,7 @@ from synthetic import HC, PAPER, SIZES, H, W, exchange_rows, flat, run, write_ru
 import tables
 from lib.experiments import PAPER_TABLES, ROOT, TASKS, method_of
 from lib.records import by_seed, write_records
-from lib.table import PAPER_SIZES, Cell, Table, escaped
+from lib.table import PAPER_SIZES, Cell, Table, escaped, in_short
 
 GROUPS = [part.split() for part, _ in PAPER_TABLES["table1"].parts]
 
@@ -264,10 +264,33 @@ def test_cost():
     train += [{**train[0], "steps_per_second": x, "q_loss": 0.0} for x in (100.0, 50.0)]
     job = {"seconds": 1234.0, "peak_memory_gb": 0.5, "hardware": "2 cores"}
     records = [run("iql", H, 0, [1], train, **job), run("pex", H, 0, [1])]
-    first, second = tables.cost(by_seed(records))[0].rows
-    assert [first[k].text() for k in list(first)[3:6]] == ["15.0", "1,234", "0.50"]
+    records.append(run("iql", W, 0, [1], train, **job | {"hardware": "a GPU", "seconds": 5.0}))
+    first, other, second = tables.cost(by_seed(records))[0].rows
+    assert [first[k].text() for k in list(first)[4:7]] == ["15.0", "1,234", "0.50"]
     assert first["runs"] == 1 and first["hardware"] == "2 cores"
-    assert list(second.values()) == ["PEX", 1, 1, None, None, None, None]
+    assert other["processor seconds"].text() == "5" and other["hardware"] == "a GPU"
+    assert list(second.values()) == ["PEX", None, 1, 1, None, None, None]
+
+
+def test_what_runs_share_is_a_line_for_each_hardware():
+    rows = [{"prepared": "iql", "env": H, "hardware": x, "seconds": s}
+            for x, s in (("2 cores", 10.0), ("a GPU", 1.0), ("2 cores", 30.0))]  # fmt: skip
+    lines = tables.prepared(rows).rows
+    assert [(line["hardware"], line[H].text()) for line in lines] == [
+        ("2 cores", "20 (2)"),
+        ("a GPU", "1 (1)"),
+    ]
+
+
+def test_several_sizes_are_one_text():
+    assert in_short(SIZES) == SIZES
+    longer = SIZES.replace("40,000", "50,000")
+    assert in_short(f"{SIZES} and {longer}") == SIZES.replace("40,000", "40,000 or 50,000")
+    other = SIZES.replace("regenerated (200,000 transitions)", "a, b.hdf5").replace("256", "64")
+    assert in_short(f"{SIZES} and {other}") == (
+        "data regenerated (200,000 transitions) or data a, b.hdf5, 20,000 offline updates, "
+        "40,000 online steps, batches of 256 or batches of 64, layers of 256 or layers of 64"
+    )
 
 
 def test_exchange():
