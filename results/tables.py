@@ -216,23 +216,32 @@ def comparison(runs: dict) -> list[Table]:
 
 
 def pairs(runs: dict) -> list[Table]:
-    """The difference of every two methods on each task, with those of the seeds."""
-    rows, methods = [], in_order({method for method, _ in runs})
-    for task in sorted({task for _, task in runs}):
-        for other, method in itertools.combinations(methods, 2):
-            values, sizes = differences(runs, method, other, task)
-            if len(values):
-                row = {"task": task, "method": method_of(method).label}
-                row |= {"minus": method_of(other).label, "difference": difference(values, sizes)}
-                row["in the seeds"] = ", ".join(f"{x:+.1f}" for x in values)
-                for heading, of in (("all evaluations", "after_updates"), ("the last", "last")):
-                    found = differences(runs, method, other, task, of)
-                    row[heading] = difference(*found)
+    """The difference of every two methods on each task, with those of the seeds, and over all."""
+    rows, tasks = [], sorted({task for _, task in runs})
+    measures = {"difference": "last_four", "all evaluations": "after_updates", "the last": "last"}
+    methods = list(itertools.combinations(in_order({method for method, _ in runs}), 2))
+    for task in tasks:
+        for other, method in methods:
+            row = {"task": task, "method": method_of(method).label, "minus": method_of(other).label}
+            found = {k: differences(runs, method, other, task, of) for k, of in measures.items()}
+            row |= {k: difference(*pair) for k, pair in found.items()}
+            if row["difference"]:
+                row["in the seeds"] = ", ".join(f"{x:+.1f}" for x in found["difference"][0])
                 rows.append(row)
+    for other, method in methods:
+        row = {"method": method_of(method).label, "minus": method_of(other).label}
+        for k, of in measures.items():
+            found = [differences(runs, method, other, task, of) for task in tasks]
+            found = [pair for pair in found if len(pair[0])]
+            row |= {"task": f"{len(found)} tasks", k: over_tasks(found)}
+        if len(found) > 1:
+            rows.append(row)
+    order = "task", "method", "minus", "difference", "in the seeds", "all evaluations", "the last"
     return [
-        Table("Every two methods", rows,
+        Table("Every two methods", [{k: row.get(k) for k in order} for row in rows],
               ["Differences of last-four means (pairs of runs), with 95% t intervals; then of the "
-               "means of all evaluations after online updates, and of the last evaluation."])
+               "means of all evaluations after online updates, and of the last evaluation. Over "
+               "several tasks: their mean, and the interval stratified by task."])
     ]  # fmt: skip
 
 

@@ -224,6 +224,14 @@ def test_pairs_have_every_two_methods_that_share_seeds():
         18 / 5,
         8,
     )
+    records += [run("iql", W, 0, [0] * 7, **sizes), run("pex", W, 0, [1] * 7, **sizes)]
+    row = tables.pairs(by_seed(records))[0].rows[-1]
+    assert (row["task"], row["method"], row["in the seeds"]) == ("2 tasks", "PEX", None)
+    assert (row["difference"].mean, row["all evaluations"].mean, row["the last"].mean) == (
+        (17 / 4 + 1) / 2,
+        (18 / 5 + 1) / 2,
+        4.5,
+    )
 
 
 def test_aggregate_difference_weighs_tasks_alike():
