@@ -69,7 +69,7 @@ class TrainConfig:
     runs_dir: str = "runs"  # a run writes runs_dir/name/env/seed_N
     log_freq: int = 1_000  # steps between rows of train.csv, which are means over them
     checkpoint_freq: int = 10_000  # steps between checkpoints, or ten minutes if that comes first
-    threads: int = 1  # CPU threads; two runs of one thread are faster than one of two
+    threads: int = 1  # CPU threads; on two cores rather make two runs of one thread each
     precision: str = "fp32"  # of the networks' matrix products: fp32 or bf16
     compile: bool = False  # compile the updates; needs a C++ compiler
     cuda_graph: bool = False  # on CUDA, replay each update as one graph
@@ -705,6 +705,7 @@ def train(config: TrainConfig):
                 if "phase" in agent:
                     sys.exit(f"error: {file} is a checkpoint: use the run's offline.pt")
                 trainer.load_state_dict(agent["trainer"])
+                print(f"agent: {file}, seed {old['seed']}, {old['offline_iterations']:,} updates")
         elif run.checkpoint["phase"] == "offline":
             parts, last = {"trainer": trainer}, config.offline_iterations
             start = run.restore("offline", parts) or 0

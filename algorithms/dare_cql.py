@@ -74,7 +74,7 @@ class TrainConfig:
     runs_dir: str = "runs"  # a run writes runs_dir/name/env/seed_N
     log_freq: int = 1_000  # steps between rows of train.csv, which are means over them
     checkpoint_freq: int = 10_000  # steps between checkpoints, or ten minutes if that comes first
-    threads: int = 1  # CPU threads; two runs of one thread are faster than one of two
+    threads: int = 1  # CPU threads; on two cores rather make two runs of one thread each
     precision: str = "fp32"  # of the networks' matrix products: fp32 or bf16
     compile: bool = False  # compile the updates; needs a C++ compiler
     cuda_graph: bool = False  # on CUDA, replay each update as one graph
@@ -568,10 +568,10 @@ class CalQL:
 def alignment_score(
     actions: torch.Tensor, reference_actions: torch.Tensor, align: str = "gaussian_kl"
 ) -> torch.Tensor:
-    """KL divergence of actions [B, A] from each of n reference actions [B, n, A], Eq. 7; [B].
+    """KL divergence of actions [B, A] from each of R reference actions [B, R, A], Eq. 7; [B].
 
     gaussian_kl takes actions as means of Gaussians with covariance I, softmax_kl as logits of
-    categorical distributions. With n > 1: the soft minimum -log mean exp(-KL).
+    categorical distributions. With R > 1: the soft minimum -log mean exp(-KL).
     """
     if align == "gaussian_kl":
         divergence = 0.5 * (actions[:, None] - reference_actions).square().sum(-1)
@@ -589,12 +589,12 @@ def separation_point(offline_scores: torch.Tensor, online_scores: torch.Tensor) 
     x, y = offline_scores.double(), online_scores.double()
     mean, variance = x.mean(), x.var(correction=0)
     distance, variance_on = y.mean() - mean, y.var(correction=0)
-    # Eq. 9 in u = separation - mu_offline is a u^2 + 2 h u + c = 0; q avoids cancellation.
+    # Eq. 9 in u = separation - mu_offline is a u^2 + 2 h u + c = 0, with roots q / a and c / q.
     a, h = variance_on - variance, variance * distance
     c = -variance * (distance**2 + variance_on * torch.log(variance_on / variance))
-    q = -(h + torch.copysign((h**2 - a * c).sqrt(), h))
+    q = -(h + torch.copysign((h**2 - a * c).sqrt(), h))  # without cancellation as a goes to 0
     u = 0.5 * distance
-    for root in (q / a, c / q):
+    for root in (q / a, c / q):  # of which a NaN or infinite one is not between
         between = (root / distance >= 0) & (root / distance <= 1)
         u = torch.where(between, root, u)
     return (mean + u).to(offline_scores.dtype)
@@ -631,13 +631,12 @@ def exchange(
     exchanged, separation = count_misplaced(offline_scores, online_scores)
     exchanged = exchanged.clamp(max=max_exchange)
     if at_random:  # the control: as many rows, whatever their scores
-        offline_scores = torch.rand_like(offline_scores)
-        online_scores = torch.rand_like(online_scores)
-    n, n_pairs = len(offline_scores), min(len(offline_scores), len(online_scores))
+        offline_scores, online_scores = map(torch.rand_like, (offline_scores, online_scores))
+    n_offline, n_pairs = len(offline_scores), min(len(offline_scores), len(online_scores))
     i = offline_scores.argsort(descending=True, stable=True)[:n_pairs]
-    j = online_scores.argsort(stable=True)[:n_pairs] + n
+    j = online_scores.argsort(stable=True)[:n_pairs] + n_offline
     swap = torch.arange(n_pairs, device=i.device) < exchanged
-    index = torch.arange(n + len(online_scores), device=i.device)
+    index = torch.arange(n_offline + len(online_scores), device=i.device)
     index[i], index[j] = torch.where(swap, j, i), torch.where(swap, i, j)
     return *regroup(offline_batch, online_batch, index), exchanged, separation
 
@@ -868,6 +867,7 @@ def train(config: TrainConfig):
                 if "phase" in agent:
                     sys.exit(f"error: {file} is a checkpoint: use the run's offline.pt")
                 trainer.load_state_dict(agent["trainer"])
+                print(f"agent: {file}, seed {old['seed']}, {old['offline_iterations']:,} updates")
         elif run.checkpoint["phase"] == "offline":
             parts, last = {"trainer": trainer}, config.offline_iterations
             start = run.restore("offline", parts) or 0
@@ -890,6 +890,12 @@ def train(config: TrainConfig):
             batch = map(torch.cat, zip(offline_batch, online_batch, strict=True))
             return trainer.train(TensorBatch(*batch))
 
+        if config.exchange != "none":  # DARE
+            data, online = offline_buffer.rows(slice(None)), online_buffer.rows(slice(None))
+            parts["sampler"] = sampler = EnergyGuidedSampler(
+                config, data.observations, data.actions, online.observations, trainer.q_target,
+                lambda update: accelerate(update, config))  # fmt: skip
+
         def dare_update() -> dict[str, torch.Tensor]:  # DARE: lines 5 to 10 of Algorithm 1
             log_dict = sampler.train()  # line 10, of the iteration before
             i = offline_buffer.draw(config.n_offline)
@@ -904,20 +910,14 @@ def train(config: TrainConfig):
             if config.exchange == "direct":
                 *batches, exchanged, separation = direct_exchange(*batches, *halves)
             else:
-                n, at_random = config.max_exchange, config.exchange == "random"
-                *batches, exchanged, separation = exchange(*batches, *halves, n, at_random)
+                cap, at_random = config.max_exchange, config.exchange == "random"
+                *batches, exchanged, separation = exchange(*batches, *halves, cap, at_random)
             assert len(batches[0].rewards) == config.n_offline  # where the losses cut the batch
             log_dict |= score_statistics(*halves)
             log_dict |= {"exchanged": exchanged.float(), "separation": separation}
             batch = map(torch.cat, zip(*batches, strict=True))
             return log_dict | trainer.train(TensorBatch(*batch))
 
-        if config.exchange != "none":
-            data, online = offline_buffer.rows(slice(None)), online_buffer.rows(slice(None))
-            parts["sampler"] = sampler = EnergyGuidedSampler(
-                config, data.observations, data.actions, online.observations, trainer.q_target,
-                lambda update: accelerate(update, config),
-            )  # fmt: skip
         update = accelerate(online_update if config.exchange == "none" else dare_update, config)
         start, last = run.restore("online", parts), config.online_iterations
         if start is None:

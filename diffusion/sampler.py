@@ -1,6 +1,7 @@
 """All that Algorithm 1 needs of the behavior diffusion, behind one class."""
 
 import hashlib
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,7 @@ class EnergyGuidedSampler:
 
     def add_support(self, n_states: int):
         """Draw support actions for the first n_states online states, many at a time."""
-        if not self.has_support or (self.n_added and n_states - self.n_added < SUPPORT_CHUNK):
+        if not self.has_support or n_states - self.n_added < min(SUPPORT_CHUNK, self.n_added):
             return
         new, config = slice(self.n_added, n_states), self.config
         with _autocast(config):
@@ -116,14 +117,22 @@ class EnergyGuidedSampler:
         return support.take_along_dim(drawn, 1)
 
     def state_dict(self) -> dict:
-        """What changes online; all else is in the cache."""
+        """What changes online, and which behavior model it belongs to; all else is in the cache."""
         state = {name: getattr(self, name).state_dict() for name in ("energy", "optimizer")}
         if self.has_support:
             state["online_support"] = self.online_support[: self.n_added].clone()
-        return {**state, "q_spread": self.q_spread, "n_spreads": self.n_spreads}
+        state |= {"q_spread": self.q_spread, "n_spreads": self.n_spreads}
+        return state | {"behavior": self._behavior_digest()}
+
+    def _behavior_digest(self) -> str:
+        weights = torch.cat([x.float().flatten() for x in self.behavior.parameters()])
+        return hashlib.sha256(weights.cpu().numpy().data).hexdigest()[:12]
 
     def load_state_dict(self, state: dict):
         """Inverse of state_dict."""
+        digest = self._behavior_digest()
+        if state.get("behavior", digest) != digest:
+            print("resuming with another behavior model: the cache was made anew", flush=True)
         self.energy.load_state_dict(state["energy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.q_spread.copy_(state["q_spread"])
@@ -196,14 +205,17 @@ def _cached(kind: str, config, fields: tuple, states: Tensor, actions: Tensor):
 
 
 def progress(what: str, total: int) -> Callable:
-    """What prints a line at every tenth of a long computation, given what is done and a loss."""
-    shown = 0
+    """What prints a line at every tenth of a long computation, and after its first minute, given
+    what is done and losses.
+    """
+    shown, start = -1, time.monotonic()  # tenths, seconds
 
     def report(done: int, **losses: float):
         nonlocal shown
-        if done == total or done * 10 // total > shown:
-            shown = done * 10 // total
+        tenths, minutes = done * 10 // total, (time.monotonic() - start) / 60
+        if done == total or tenths > max(shown, 0) or (shown < 0 and minutes >= 1):
+            shown = tenths
             text = "".join(f", {name.replace('_', ' ')} {x:.4f}" for name, x in losses.items())
-            print(f"{what}: {done:,} of {total:,}{text}", flush=True)
+            print(f"{what}: {done:,} of {total:,} after {minutes:.0f} min{text}", flush=True)
 
     return report

@@ -144,7 +144,8 @@ def _losses(model, mean_loss, unseen, step):
 @contextmanager
 def own_draws(seed: int):
     """Draw from a seed of one's own, and leave the random state of the caller as it was."""
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
 

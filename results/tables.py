@@ -245,6 +245,34 @@ def pairs(runs: dict) -> list[Table]:
     ]  # fmt: skip
 
 
+QUESTIONS = {  # a method, and the one that it is compared with
+    "DARE-I against IQL": ("dare_iql", "iql"),
+    "the release: no exchange against IQL": ("dare_iql_no_exchange", "iql"),
+    "the exchange: DARE-I against no exchange": ("dare_iql", "dare_iql_no_exchange"),
+    "the same, resampled reference": ("dare_iql_resample", "dare_iql_no_exchange"),
+    "which rows: by the scores against at random": (
+        "dare_iql_resample",
+        "dare_iql_resample_random",
+    ),
+    "guidance: guided against resampled": ("dare_iql", "dare_iql_resample"),
+}
+
+
+def questions(runs: dict) -> list[Table]:
+    """What the parts of DARE-I do, on each task and over all."""
+    rows, tasks = [], sorted({task for _, task in runs})
+    for question, (method, other) in QUESTIONS.items():
+        found = {task: differences(runs, method, other, task) for task in tasks}
+        cells = {task: difference(*pair) for task, pair in found.items()}
+        cells["all"] = over_tasks([pair for pair in found.values() if len(pair[0])])
+        if cells["all"]:
+            cells = {k: cell and replace(cell, sizes="") for k, cell in cells.items()}
+            rows.append({"question": question, **cells})
+    note = "Differences of last-four means (pairs of runs), with 95% t intervals, at the smaller "
+    note += "number of online steps. All: mean over the tasks, the interval stratified by task."
+    return [Table("What does what", rows, [note])]
+
+
 def over_tasks(pairs: list[tuple]) -> Cell | None:
     """Mean over tasks of the differences of (differences, sizes), with its interval."""
     if not pairs:
@@ -341,6 +369,7 @@ def exchange(runs: dict) -> list[Table]:
 OTHERS = {
     "scores": scores,
     "comparison": comparison,
+    "questions": questions,
     "pairs": pairs,
     "exchange": exchange,
     "cost": cost,
@@ -410,7 +439,7 @@ STUDY = "full_size", "finetuning", "finetuning_replay", "finetuning_cql"
 def full_size_block() -> str:
     """The study with the largest networks, for the README of the repository."""
     runs = by_seed(read_records(RECORDS / "full_size"))
-    tables = [table.markdown() for table in scores(runs)]
+    tables = [table.markdown() for table in (*scores(runs), *questions(runs))]
     return "\n".join([made_with("full_size", runs), *tables])
 
 
@@ -459,7 +488,12 @@ def show(args) -> list[Table]:
     names, known = args.table.split(","), [*PAPER_TABLES, *OTHERS]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no table {unknown[0]}; there are {', '.join(known)}")
-    runs, tables = by_seed(read_records(args.path)), []
+    records, tables = read_records(args.path), []
+    if args.until is not None:
+        if args.until < 0:
+            raise ValueError("--until is an online step: 0 or more")
+        records = [record.until(args.until) for record in records]
+    runs = by_seed(records)
     for name in names:
         paper = name in PAPER_TABLES
         tables += paper_table(runs, name, args.paper) if paper else OTHERS[name](runs)
@@ -478,6 +512,7 @@ def main():
     action.add_argument("path", type=Path, help="runs directory, or folder of records")
     action.add_argument("--table", default="scores,comparison,exchange,claims,cost",
                         help="names, with commas between")  # fmt: skip
+    action.add_argument("--until", type=int, metavar="STEP", help="cut all runs at this step")
     action.add_argument("--format", choices=["markdown", "latex"], default="markdown")
     action.add_argument("--paper", action="store_true", help="the paper's numbers beside")
     action = actions.add_parser("collect", help="write the records of finished runs")

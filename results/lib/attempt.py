@@ -29,7 +29,7 @@ def attempt(command: list[str], steps: int, directory: str, log: str, commit: st
 
     Raises:
         RuntimeError: it failed, or another process holds the run's directory.
-        KeyboardInterrupt: the task was cancelled; the command was told to save and stop.
+        KeyboardInterrupt: the task was cancelled; the command was told to stop.
     """
     # Under nohup a worker starts with interrupts ignored, and by one a task is cancelled.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -83,7 +83,7 @@ def run_command(command: list[str], log: Path, number: int) -> tuple:
     with open(log, "a") as f:
         print(f"attempt {number}: {shlex.join(command)}", file=f, flush=True)
         # In a session of its own, out of reach of the terminal's Ctrl-C: a second signal to a
-        # script, after the first one's SIGTERM, would stop it before it has saved.
+        # script, after the first one's SIGTERM, would stop it in the midst of stopping.
         process = subprocess.Popen(
             [sys.executable, *command[1:]], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
             start_new_session=True, preexec_fn=die_with_the_worker,

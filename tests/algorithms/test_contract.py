@@ -31,7 +31,7 @@ MAX_LINES = {
     "edis_iql.py": 925,
     "edis_cql.py": 1050,
 }
-MAX_HUNKS, MAX_DELETED, MAX_FUNCTION, MAX_DIFFUSION = 10, 5, 45, 680
+MAX_HUNKS, MAX_DELETED, MAX_FUNCTION, MAX_DIFFUSION = 10, 5, 45, 700
 # Definitions of one name that are another thing in each script, and in each group of methods
 OF_THE_SCRIPT = {"TrainConfig", "ImplicitQLearning", "CalQL", "train"}
 OF_THE_GROUP = {"TensorBatch", "modify_reward", "TwinQ"}

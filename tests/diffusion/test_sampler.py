@@ -271,6 +271,17 @@ def test_online_states_get_support_actions_in_chunks(tmp_path, data, monkeypatch
     assert (sampler.online_support[14:] == 0).all()
 
 
+def test_few_online_states_get_support_actions_sooner(tmp_path, data, monkeypatch):
+    """Else the energy and `resample` would see a handful of states only, for a hundred steps."""
+    monkeypatch.setattr(diffusion.sampler, "SUPPORT_CHUNK", 4)
+    sampler = sampler_of(tmp_path, data)
+    added = []
+    for n in range(1, 13):
+        sampler.add_support(n)
+        added.append(sampler.n_added)
+    assert added == [1, 2, 2, 4, 4, 4, 4, 8, 8, 8, 8, 12]
+
+
 def test_states_that_come_later_are_seen(tmp_path, data):
     """The online states are a view of a buffer that fills up."""
     online_states = torch.zeros(30, S)
@@ -464,11 +475,41 @@ def test_a_sampler_goes_on_from_its_state(tmp_path, data, settings):
         torch.manual_seed(2)
         loss = sampler.train()
         sampler.add_support(130)
-        results.append((loss, sampler.sample(states, rows, rows), sampler.state_dict()))
+        state = sampler.state_dict()
+        assert state.pop("behavior") == first.state_dict()["behavior"]
+        results.append((loss, sampler.sample(states, rows, rows), state))
     torch.testing.assert_close(*results, rtol=0, atol=0)
     if sampler.has_support:
         assert sampler.n_online == sampler.n_added == 130
         assert not (sampler.online_support[20:130] == 0).all()
+
+
+def test_a_resumed_sampler_says_that_its_behavior_model_is_another(tmp_path, data, capsys):
+    sampler = sampler_of(tmp_path, data)
+    state = copy.deepcopy(sampler.state_dict())
+    sampler.load_state_dict(state)
+    assert "another behavior model" not in capsys.readouterr().out
+    with torch.no_grad():
+        next(sampler.behavior.parameters()).mul_(1.001)
+    sampler.load_state_dict(state)
+    assert "resuming with another behavior model" in capsys.readouterr().out
+    del state["behavior"]  # a checkpoint of before
+    sampler.load_state_dict(state)
+    assert not capsys.readouterr().out
+
+
+def test_progress_is_printed_at_tenths_and_after_a_minute(monkeypatch, capsys):
+    now = iter([0.0, 20.0, 61.0, 90.0, 120.0, 150.0, 300.0])
+    monkeypatch.setattr(diffusion.sampler.time, "monotonic", lambda: next(now))
+    report = diffusion.sampler.progress("it", 100)
+    for done in (1, 2, 3, 25, 26):
+        report(done)
+    report(100, held_out_loss=0.5)
+    assert capsys.readouterr().out.splitlines() == [
+        "it: 2 of 100 after 1 min",
+        "it: 25 of 100 after 2 min",
+        "it: 100 of 100 after 5 min, held out loss 0.5000",
+    ]
 
 
 def test_a_model_is_one_of_its_states_and_actions(tmp_path, data):

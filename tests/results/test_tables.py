@@ -234,6 +234,21 @@ def test_pairs_have_every_two_methods_that_share_seeds():
     )
 
 
+def test_questions_are_of_all_tasks_and_can_be_asked_at_a_step(program):
+    records = [run("iql", task, s, [0, 0, 0, 0, 0]) for task in (H, W) for s in (0, 1)]
+    records += [run("dare_iql", H, s, [0, 1 + s, 9, 9, 9]) for s in (0, 1)]
+    records += [run("dare_iql", W, s, [0, 4, 4, 4, 4]) for s in (0, 1)]
+    (row,) = tables.questions(by_seed(records))[0].rows
+    assert row["question"] == "DARE-I against IQL"
+    assert (row[H].mean, row[W].mean, row["all"].mean) == (7.125, 4, 5.5625)
+    printed = program(records, "--table", "questions", "--until", 10_000)
+    assert (
+        "| DARE-I against IQL | +1.5 (2); " in printed and "| +4.0 (2); +4.0 to +4.0 |" in printed
+    )
+    with pytest.raises(SystemExit, match="error: --until is an online step: 0 or more"):
+        program(records, "--until", -1)
+
+
 def test_aggregate_difference_weighs_tasks_alike():
     records = flat("cal_ql", H, [0, 0]) + flat("dare_cql", H, [1, 3])
     records += flat("cal_ql", W, [0] * 4) + flat("dare_cql", W, [10] * 4)
@@ -337,7 +352,7 @@ def test_latex_is_escaped_and_its_columns_balance(program):
     assert out.count("{") == out.count("}") and out.count("$") % 2 == 0
     found = re.findall(r"\\begin{tabular}{(l+)}(.*?)\\end{tabular}", out, re.DOTALL)
     assert out.count(r"\begin{table}") == out.count(r"\end{table}") == len(found)
-    assert len(found) == 7 + 5 + 7
+    assert len(found) == 7 + 5 + 8
     for columns, body in found:
         rows = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert {len(re.split(r"(?<!\\)&", row)) for row in rows} == {len(columns)}
@@ -406,9 +421,9 @@ def test_a_changed_number_is_found(tmp_path, monkeypatch):
             tables.with_blocks("\n" + broken)
 
 
-def test_the_block_of_the_readme_is_one_small_table():
+def test_the_block_of_the_readme_is_two_small_tables():
     block = tables.full_size_block()
-    assert block.count("\n### ") == 1
+    assert block.count("\n### ") == 2
     assert 4 <= len([x for x in block.splitlines() if x.startswith(("| IQL", "| DARE-I"))]) <= 8
 
 
