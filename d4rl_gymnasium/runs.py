@@ -125,7 +125,19 @@ def parser_of(config_class: type) -> pyrallis.argparsing.ArgumentParser:
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config_class), re.M))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
+        if action.dest in comments and action.default is None:
+            # Of no length, but argparse adds a default of its own, None, to a help without one.
+            action.help += f"%(default).0s (default: {_by_task(config_class, action.dest)})"
     return parser
+
+
+def _by_task(config_class, field):
+    """The values that a script's PRESETS have for a field."""
+    presets = getattr(sys.modules[config_class.__module__], "PRESETS", {})
+    found = {key: values[field] for key, values in presets.items() if field in values}
+    families = [f"{key} {value}" for key, value in found.items() if not key.endswith("-v2")]
+    more = ["others in PRESETS"] * (len(found) > len(families))
+    return ", ".join(families + more) or "None"
 
 
 def _quoted(args, config_class):

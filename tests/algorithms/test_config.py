@@ -410,3 +410,6 @@ def test_help_shows_every_field_with_its_comment(monkeypatch):
         assert f"--{name} " in described, name
         assert comment in described, name
     assert "Behavior diffusion" not in described
+    assert "App. B.1 (default: locomotion 0.2, antmaze 0.01)" in described  # sac_alpha
+    assert "Sec. 7.6 (default: locomotion 3.0, antmaze 3.0, others in PRESETS)" in described
+    assert described.count("(default: None)") == 1  # of --config_path
