@@ -34,8 +34,8 @@ def test_files_of_a_finished_run(finished):
     assert (state["phase"], state["step"]) == ("online", 200)
     assert state["trainer"]["total_it"] == 200 + 140
     assert len(state["online_buffer"]["rows"]) == 200
-    # Support actions of the 60 states of the first exchange and of the next hundred.
-    assert list(state["sampler"]["online_support"].shape) == [160, 2, 3]
+    # Support actions of the 60 states of the first exchange and of as many more; then of 100 more.
+    assert list(state["sampler"]["online_support"].shape) == [120, 2, 3]
 
 
 def test_config_yaml_makes_the_same_settings_again(group, finished):
@@ -211,7 +211,7 @@ def test_resampled_reference_actions(group, finished, cached_runs, capsys):
     assert "energy_loss" not in last
     assert float(last["exchanged"]) > 0 and float(last["separation"]) > 0
     assert state["sampler"]["optimizer"]["state"] == {} and state["sampler"]["n_spreads"] == 140
-    assert len(state["sampler"]["online_support"]) == 160
+    assert len(state["sampler"]["online_support"]) == 120
     kinds = {x.name.rsplit("-hopper")[0] for x in (cached_runs / "cache").glob("*.pt")}
     assert kinds == {"behavior", "support-50", "support-0"}
     assert "cache hit: behavior" in capsys.readouterr().out
