@@ -124,7 +124,7 @@ def test_going_on_with_an_edited_script_is_said(monkeypatch, tmp_path, capsys):
 
 
 def test_a_run_that_is_stopped_after_its_first_evaluation_does_not_evaluate_again(
-    monkeypatch, group, baseline, tmp_path
+    monkeypatch, group, baseline, tmp_path, capsys
 ):
     script, load_model = group.baseline, str(baseline / "offline.pt")
     evaluated, eval_actor, act = [], script.eval_actor, getattr(script, AGENTS[script]).act
@@ -144,6 +144,7 @@ def test_a_run_that_is_stopped_after_its_first_evaluation_does_not_evaluate_agai
         run(script, tmp_path, load_model=load_model)
     assert evaluated == [200]
     path = run(script, tmp_path, load_model=load_model)
+    assert f"agent: {load_model}, seed 0, 200 updates\n" in capsys.readouterr().out
     assert evaluated == [200, 240, 340]
     # Started from an offline agent: the phase before is not there, and all else is as if it was.
     assert rows(path, "eval") == rows(baseline, "eval", "online")
