@@ -234,13 +234,13 @@ def plan(names: list[str], options: dict, methods=None, tasks=None, seeds=None) 
 
     for experiment in (EXPERIMENTS[name] for name in names):
         for name, env, seed in dict.fromkeys(
-            (method, env, seed)
+            (method, task, seed)
             for part, envs in experiment.parts
             for method in part.split()
-            for env in envs
-            for seed in (experiment.seeds if seeds is None else seeds)
+            for task in envs
+            for seed in (experiment.seeds_of(task) if seeds is None else seeds)
             if (methods is None or method in methods)
-            and (tasks is None or any(task in env for task in tasks))
+            and (tasks is None or any(text in task for text in tasks))
         ):
             method = METHODS[name]
             check_options(name, options)

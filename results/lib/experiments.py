@@ -89,6 +89,31 @@ METHODS = {
         "dare_iql",
         {"reference": "resample", "n_max_actions": 1},
     ),
+    # Other readings of what the paper leaves open in the online losses, without exchange.
+    "dare_iql_no_exchange_alpha0": Method(
+        "no exchange, alpha 0 in Eq. 16",
+        "#225588",
+        "dare_iql",
+        {"exchange": "none", "sac_alpha": 0},
+    ),
+    "dare_iql_no_exchange_ten_draws": Method(
+        "no exchange, ten draws in Eq. 15",
+        "#66AADD",
+        "dare_iql",
+        {"exchange": "none", "n_max_actions": 10},
+    ),
+    "dare_iql_no_exchange_small_rate": Method(
+        "no exchange, policy's rate 3e-5",
+        "#44AA99",
+        "dare_iql",
+        {"exchange": "none", "actor_lr": 0.00003},
+    ),
+    "dare_iv_no_exchange": Method(
+        "no exchange, DARE-IV",
+        "#882255",
+        "dare_iql",
+        {"exchange": "none", "online_loss": "expectile"},
+    ),
     # The policy's learning rate online, a tenth of Table 5's.
     "iql_small_rate": Method("IQL, 3e-5", "#555555", "iql", {"actor_lr": 0.00003}),
     "pex_utd10": Method("PEX, UTD = 10", "#4477AA", "pex", UTD10),
@@ -149,6 +174,7 @@ class Experiment:
     title: str
     parts: list[tuple[str, list[str]]]
     seeds: tuple = (0, 1, 2, 3, 4)
+    task_seeds: dict = field(default_factory=dict)  # by task, in their place
     configs: dict = field(default_factory=dict)  # configuration file by script
     settings: dict = field(default_factory=dict)  # of all runs
     task_settings: dict = field(default_factory=dict)  # by task, over the others
@@ -165,6 +191,10 @@ class Experiment:
     def tasks(self) -> list[str]:
         """All tasks, each once."""
         return list(dict.fromkeys(task for _, tasks in self.parts for task in tasks))
+
+    def seeds_of(self, env: str) -> tuple:
+        """Seeds of the runs on a task."""
+        return self.task_seeds.get(env, self.seeds)
 
     def has(self, method: str, env: str) -> bool:
         """Whether it runs this method on this task, with whatever seeds."""
@@ -216,7 +246,16 @@ FIGURES = {
     "fig14": _group("Ablation of DARE-I, locomotion", IQL_ABLATION, LOCOMOTION),
 }  # fmt: skip
 # Pictures beyond the paper, of whatever runs there are.
-_VARIANTS = [m for m in METHODS if not m.endswith(("utd10", "one_draw", "alpha20"))]
+_UNDRAWN = (
+    "utd10",
+    "one_draw",
+    "ten_draws",
+    "alpha0",
+    "alpha20",
+    "exchange_small_rate",
+    "iv_no_exchange",
+)
+_VARIANTS = [m for m in METHODS if not m.endswith(_UNDRAWN)]
 _CQL, _IQL = (
     " ".join([m for m in _VARIANTS if METHODS[m].baseline == base and m != dare] + [dare])
     for base, dare in (("cal_ql", "dare_cql"), ("iql", "dare_iql"))
@@ -288,6 +327,23 @@ FULL_SIZE = replace(
         "antmaze-umaze-diverse-v2": {"offline_iterations": 200_000, "n_episodes": 50},
     },
 )
+# Which reading of Eqs. 15 and 16 fine-tunes best? Without exchange, so that it alone is seen.
+READINGS = replace(
+    FULL_SIZE,
+    title="Readings of the online losses, with networks of the published size",
+    parts=[
+        (
+            "iql dare_iql_no_exchange dare_iql_no_exchange_alpha0 dare_iql_no_exchange_ten_draws"
+            " dare_iql_no_exchange_small_rate dare_iv_no_exchange iql_small_rate",
+            ["halfcheetah-medium-replay-v2", "hopper-medium-v2", "walker2d-medium-replay-v2"],
+        )
+    ],
+    task_seeds={"halfcheetah-medium-replay-v2": (4, 5, 6)},
+    task_settings={
+        "hopper-medium-v2": {"offline_iterations": 200_000},
+        "walker2d-medium-replay-v2": {"offline_iterations": 200_000},
+    },
+)
 FINETUNING_CQL = replace(
     FINETUNING,
     title="Fine-tuning of the CQL group, with small networks",
@@ -322,6 +378,7 @@ EXPERIMENTS["finetuning"] = FINETUNING
 EXPERIMENTS["finetuning_replay"] = FINETUNING_REPLAY
 EXPERIMENTS["finetuning_cql"] = FINETUNING_CQL
 EXPERIMENTS["full_size"] = FULL_SIZE
+EXPERIMENTS["readings"] = READINGS
 EXPERIMENTS["regenerated"] = REGENERATED
 PICTURES["full_size"] = FULL_SIZE
 PICTURES["finetuning_cql"] = replace(FINETUNING_CQL, parts=FINETUNING_CQL.parts[:1])
