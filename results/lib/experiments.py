@@ -310,7 +310,7 @@ FULL_SIZE = replace(
     title="Fine-tuning with networks of the published size",
     parts=[
         (
-            "iql dare_iql_no_exchange dare_iql_resample dare_iql_resample_random dare_iql",
+            "iql pex dare_iql_no_exchange dare_iql_resample dare_iql_resample_random dare_iql",
             [
                 "halfcheetah-medium-replay-v2",
                 "hopper-medium-v2",
@@ -320,7 +320,11 @@ FULL_SIZE = replace(
         )
     ],
     seeds=(0, 1, 2),
-    configs={"iql": "results/full_size.yaml", "dare_iql": "results/full_size_dare.yaml"},
+    configs={
+        "iql": "results/full_size.yaml",
+        "pex": "results/full_size.yaml",
+        "dare_iql": "results/full_size_dare.yaml",
+    },
     task_settings={
         "hopper-medium-v2": LONGER,
         "walker2d-medium-replay-v2": LONGER,
