@@ -247,6 +247,7 @@ def pairs(runs: dict) -> list[Table]:
 
 QUESTIONS = {  # a method, and the one that it is compared with
     "DARE-I against IQL": ("dare_iql", "iql"),
+    "DARE-I against PEX": ("dare_iql", "pex"),
     "the release: no exchange against IQL": ("dare_iql_no_exchange", "iql"),
     "the exchange: DARE-I against no exchange": ("dare_iql", "dare_iql_no_exchange"),
     "the same, resampled reference": ("dare_iql_resample", "dare_iql_no_exchange"),
@@ -254,22 +255,45 @@ QUESTIONS = {  # a method, and the one that it is compared with
         "dare_iql_resample",
         "dare_iql_resample_random",
     ),
+    "the same, guided reference": ("dare_iql", "dare_iql_random"),
     "guidance: guided against resampled": ("dare_iql", "dare_iql_resample"),
+    "guidance: guided against unguided": ("dare_iql", "dare_iql_no_guidance"),
+    # Readings of Eqs. 15 and 16, without exchange
+    "alpha of Eq. 16: 0 against 0.2": ("dare_iql_no_exchange_alpha0", "dare_iql_no_exchange"),
+    "max of Eq. 15: ten draws against one": (
+        "dare_iql_no_exchange_ten_draws",
+        "dare_iql_no_exchange",
+    ),
+    "policy's rate online: 3e-5 against 3e-4": (
+        "dare_iql_no_exchange_small_rate",
+        "dare_iql_no_exchange",
+    ),
+    "the same, of IQL": ("iql_small_rate", "iql"),
+    "DARE-IV against DARE-I": ("dare_iv_no_exchange", "dare_iql_no_exchange"),
+    # The CQL group
+    "DARE-C against Cal-QL": ("dare_cql", "cal_ql"),
+    "the release: DARE-C without exchange against Cal-QL": ("dare_cql_no_exchange", "cal_ql"),
+    "the exchange: DARE-C against no exchange": ("dare_cql", "dare_cql_no_exchange"),
+    "which rows: DARE-C by the scores against at random": ("dare_cql", "dare_cql_random"),
 }
 
 
 def questions(runs: dict) -> list[Table]:
-    """What the parts of DARE-I do, on each task and over all."""
+    """What the parts of DARE do, on each task and, if there are several, over all."""
     rows, tasks = [], sorted({task for _, task in runs})
     for question, (method, other) in QUESTIONS.items():
         found = {task: differences(runs, method, other, task) for task in tasks}
         cells = {task: difference(*pair) for task, pair in found.items()}
-        cells["all"] = over_tasks([pair for pair in found.values() if len(pair[0])])
-        if cells["all"]:
+        pairs = [pair for pair in found.values() if len(pair[0])]
+        if len(tasks) > 1:
+            cells["all"] = over_tasks(pairs) if len(pairs) > 1 else None
+        if pairs:
             cells = {k: cell and replace(cell, sizes="") for k, cell in cells.items()}
             rows.append({"question": question, **cells})
     note = "Differences of last-four means (pairs of runs), with 95% t intervals, at the smaller "
-    note += "number of online steps. All: mean over the tasks, the interval stratified by task."
+    note += "number of online steps."
+    if len(tasks) > 1:
+        note += " All: mean over the tasks of a row, the interval stratified by task."
     return [Table("What does what", rows, [note])]
 
 
@@ -402,9 +426,11 @@ def made_with(name: str, runs: dict) -> str:
     """How many runs of an experiment there are, and what made them."""
     records = [record for seeds in runs.values() for record in seeds.values()]
     plan = EXPERIMENTS[name]
-    planned = sum(len(part.split()) * len(tasks) for part, tasks in plan.parts) * len(plan.seeds)
+    planned = sum(
+        len(part.split()) * len(plan.seeds_of(env)) for part, tasks in plan.parts for env in tasks
+    )
     mine = [r for r in records if r.method in plan.methods and r.env in plan.tasks]
-    made = sum(r.seed in plan.seeds for r in mine)
+    made = sum(r.seed in plan.seeds_of(r.env) for r in mine)
     more = f", and {len(mine) - made} of other seeds" if len(mine) > made else ""
     commits, hardware, torch = (
         ", ".join(sorted({str(r.settings.get(k, "unknown")) for r in records}))
@@ -427,13 +453,20 @@ def record_page(name: str) -> str:
         "settings, command, commit and cost of every run, `eval.csv` every evaluation, `train.csv` "
         "the online log rows, `prepared.csv` what the runs share.\n"
     )
-    tables = [*scores(runs), *comparison(runs), *exchange(runs), claims(runs), *cost(runs)]
+    tables = [
+        *scores(runs),
+        *questions(runs),
+        *comparison(runs),
+        *exchange(runs),
+        claims(runs),
+        *cost(runs),
+    ]
     tables.append(prepared(read_rows(folder / "prepared.csv")))
     found = [table.markdown() for table in tables if table.rows]
     return "\n".join([head, made_with(name, runs), *found])
 
 
-STUDY = "full_size", "finetuning", "finetuning_replay", "finetuning_cql"
+STUDY = "full_size", "readings", "finetuning", "finetuning_replay", "finetuning_cql"
 
 
 def full_size_block() -> str:

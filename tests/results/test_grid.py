@@ -71,7 +71,14 @@ def names_of(runs):
 
 def test_experiments_are_methods_and_tasks_that_exist():
     names = [f"table{i}" for i in (1, 2, 3, 8, 9, 10, 11)] + [f"fig{i}" for i in range(1, 15)]
-    own = ["finetuning", "finetuning_cql", "finetuning_replay", "full_size", "regenerated"]
+    own = [
+        "finetuning",
+        "finetuning_cql",
+        "finetuning_replay",
+        "full_size",
+        "readings",
+        "regenerated",
+    ]
     assert set(EXPERIMENTS) >= {*names, "paper", *own} and len(TASKS) == 13
     plans = [*EXPERIMENTS.values(), *PICTURES.values()]
     assert {m for x in plans for m in x.methods} == set(METHODS)
@@ -85,6 +92,7 @@ def test_experiments_are_methods_and_tasks_that_exist():
         ("finetuning", "halfcheetah", 10),
         ("finetuning_replay", "v2", 8),
         ("finetuning_cql", "v2", 5),
+        ("readings", "v2", 18),
         ("regenerated", "v2", 8),
     ],
 )
@@ -102,6 +110,15 @@ def test_printed_commands_are_unique_and_parse(program, monkeypatch, name, tasks
         assert config.seed == (0 if config.name.startswith("prepare_dare") else 3)
         directories.add((config.name, config.env))
     assert len(set(commands)) == len(directories) == len(commands)
+
+
+def test_seeds_of_a_task_replace_those_of_the_experiment():
+    def seeds(task, **more):
+        runs = grid.plan(["readings"], {}, ["dare_iv_no_exchange"], [task], **more)
+        return [run.flags["seed"] for run in runs if "load_model" in run.flags]
+
+    assert seeds("hopper") == [0, 1, 2] and seeds("halfcheetah") == [4, 5, 6]
+    assert seeds("halfcheetah", seeds=[0]) == [0]
 
 
 def test_table1():

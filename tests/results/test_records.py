@@ -137,7 +137,13 @@ def test_runs_of_another_machine_are_added(tmp_path):
 
 def test_one_experiment_is_collected_of_a_directory_with_several(tmp_path):
     mine, other = "halfcheetah-medium-replay-v2", "halfcheetah-medium-v2"
-    names = ("iql", mine), ("dare_iql", mine), ("dare_iql", other), ("pex", mine), ("cal_ql", mine)
+    names = (
+        ("iql", mine),
+        ("dare_iql", mine),
+        ("dare_iql", other),
+        ("edis_iql", mine),
+        ("cal_ql", mine),
+    )
     for method, env in names:
         write_runs([run(method, env, 7, [1] * 5)], tmp_path / "runs")
     for name, env in (("iql", mine), ("iql", other), ("dare_iql", mine), ("cal_ql", mine)):

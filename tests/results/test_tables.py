@@ -11,7 +11,7 @@ from scipy import stats
 from synthetic import HC, PAPER, SIZES, H, W, exchange_rows, flat, run, write_runs
 
 import tables
-from lib.experiments import PAPER_TABLES, ROOT, TASKS, method_of
+from lib.experiments import METHODS, PAPER_TABLES, ROOT, TASKS, Experiment, method_of
 from lib.records import by_seed, write_records
 from lib.table import PAPER_SIZES, Cell, Table, escaped, in_short
 
@@ -247,6 +247,27 @@ def test_questions_are_of_all_tasks_and_can_be_asked_at_a_step(program):
     )
     with pytest.raises(SystemExit, match="error: --until is an online step: 0 or more"):
         program(records, "--until", -1)
+    records += [run("pex", H, s, [0, 1, 1, 1, 1]) for s in (0, 1)]  # on one of the tasks
+    rows = {row["question"]: row for row in tables.questions(by_seed(records))[0].rows}
+    assert rows["DARE-I against IQL"]["all"].mean == 5.5625
+    row = rows["DARE-I against PEX"]
+    assert (row[H].mean, row[W], row["all"]) == (6.125, None, None)
+    (table,) = tables.questions(by_seed([r for r in records if r.env == H]))
+    assert len(table.rows) == 2 and "all" not in table.rows[0] and "All" not in table.notes[0]
+
+
+def test_questions_compare_methods_of_one_group_that_there_are():
+    for method, other in tables.QUESTIONS.values():
+        assert METHODS[method].baseline == METHODS[other].baseline is not None
+
+
+def test_planned_runs_are_counted_by_the_seeds_of_their_task(monkeypatch):
+    plan = Experiment("Mine", [("iql", [H, W])], seeds=(0, 1), task_seeds={W: (4, 5, 6)})
+    monkeypatch.setitem(tables.EXPERIMENTS, "mine", plan)
+    records = [run("iql", task, seed, [0, 0]) for task in (H, W) for seed in (0, 4)]
+    assert tables.made_with("mine", by_seed(records)).startswith(
+        "2 of 5 runs are made (`python results/grid.py run mine`), and 2 of other seeds: "
+    )
 
 
 def test_aggregate_difference_weighs_tasks_alike():
