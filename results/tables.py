@@ -68,7 +68,7 @@ def entry(runs: dict, method: str, tasks: list[str], until: int) -> Cell | None:
         cells.append(summary([r.last_four for r in found], sizes_of(found)))
     if None in cells:
         return None
-    sizes = " and ".join(sorted({part for c in cells for part in c.sizes.split(" and ")}))
+    sizes = "\n".join(sorted({part for c in cells for part in c.sizes.splitlines()}))
     total = Cell(sum(c.mean for c in cells), None, min(c.seeds for c in cells), sizes=sizes)
     return cells[0] if len(cells) == 1 else total
 
@@ -302,7 +302,7 @@ def over_tasks(pairs: list[tuple]) -> Cell | None:
     if not pairs:
         return None
     strata = [values for values, _ in pairs]
-    sizes = " and ".join(sorted({part for _, sizes in pairs for part in sizes.split(" and ")}))
+    sizes = "\n".join(sorted({part for _, sizes in pairs for part in sizes.splitlines()}))
     mean, n = float(mean_of_tasks(strata)), sum(map(len, strata))
     return Cell(mean, None, n, t_interval(strata), sizes, signed=True)
 

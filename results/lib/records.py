@@ -132,8 +132,8 @@ def described(data: str, offline: int, batch: int, hidden: int, online: int) -> 
 
 
 def sizes_of(records: list[Record]) -> str:
-    """Data and sizes of runs, each once."""
-    return " and ".join(sorted({r.sizes for r in records}))
+    """Data and sizes of runs, each once, one a line."""
+    return "\n".join(sorted({r.sizes for r in records}))
 
 
 # --- Runs directories ---

@@ -19,7 +19,7 @@ class Cell:
     std: float | None = None
     seeds: int | None = None
     interval: tuple[float, float] | None = None
-    sizes: str = ""
+    sizes: str = ""  # one a line
     digits: int = 1
     signed: bool = False
     bold: bool = False
@@ -52,8 +52,8 @@ def difference(values, sizes: str) -> Cell | None:
 
 
 def in_short(sizes: str) -> str:
-    """Several data and sizes as one text, where they differ with `or` between."""
-    columns = zip(*(part.rsplit(", ", 4) for part in sizes.split(" and ")), strict=True)
+    """Data and sizes, one a line, as one text: where they differ with `or` between."""
+    columns = zip(*(part.rsplit(", ", 4) for part in sizes.splitlines()), strict=True)
     short = []
     for texts in map(list, map(dict.fromkeys, columns)):
         numbers, units = zip(*(text.split(" ", 1) for text in texts), strict=True)
