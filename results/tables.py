@@ -257,6 +257,14 @@ QUESTIONS = {  # a method, and the one that it is compared with
     ),
     "the same, guided reference": ("dare_iql", "dare_iql_random"),
     "guidance: guided against resampled": ("dare_iql", "dare_iql_resample"),
+    "the score: the behavior's density against resampled": (
+        "dare_iql_resample_density",
+        "dare_iql_resample",
+    ),
+    "the exchange by the behavior's density against no exchange": (
+        "dare_iql_resample_density",
+        "dare_iql_no_exchange",
+    ),
     "guidance: guided against unguided": ("dare_iql", "dare_iql_no_guidance"),
     # Readings of Eqs. 15 and 16, without exchange
     "alpha of Eq. 16: 0 against 0.2": ("dare_iql_no_exchange_alpha0", "dare_iql_no_exchange"),

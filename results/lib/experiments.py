@@ -76,6 +76,13 @@ METHODS = {
         "dare_iql",
         {"reference": "resample", "exchange": "random"},
     ),
+    # Scores of the behavior alone, by 16 of its actions: about -log of its density.
+    "dare_iql_resample_density": Method(
+        "DARE-I, behavior's density",
+        "#5566CC",
+        "dare_iql",
+        {"reference": "resample", "guidance_scale": 0, "n_reference": 16},
+    ),
     # One drawn action in Eq. 15, the default, where the other runs take the max of ten.
     "dare_iql_no_exchange_one_draw": Method(
         "DARE-I, no exchange, one draw",
@@ -252,6 +259,7 @@ _UNDRAWN = (
     "ten_draws",
     "alpha0",
     "alpha20",
+    "density",
     "exchange_small_rate",
     "iv_no_exchange",
 )
@@ -331,18 +339,20 @@ FULL_SIZE = replace(
         "antmaze-umaze-diverse-v2": {"offline_iterations": 200_000, "n_episodes": 50},
     },
 )
-# Which reading of Eqs. 15 and 16 fine-tunes best? Without exchange, so that it alone is seen.
+# Which reading of Eqs. 15 and 16 fine-tunes best (without exchange, so that it alone is seen), and
+# does it help to score by the behavior alone?
 READINGS = replace(
     FULL_SIZE,
     title="Readings of the online losses, with networks of the published size",
     parts=[
         (
             "iql dare_iql_no_exchange dare_iql_no_exchange_alpha0 dare_iql_no_exchange_ten_draws"
-            " dare_iql_no_exchange_small_rate dare_iv_no_exchange iql_small_rate",
+            " dare_iql_no_exchange_small_rate dare_iv_no_exchange iql_small_rate"
+            " dare_iql_resample dare_iql_resample_density",
             ["halfcheetah-medium-replay-v2", "hopper-medium-v2", "walker2d-medium-replay-v2"],
         )
     ],
-    task_seeds={"halfcheetah-medium-replay-v2": (4, 5, 6)},
+    task_seeds={"halfcheetah-medium-replay-v2": (4, 5)},
     task_settings={
         "hopper-medium-v2": {"offline_iterations": 200_000},
         "walker2d-medium-replay-v2": {"offline_iterations": 200_000},

@@ -330,7 +330,9 @@ def test_several_sizes_are_one_text():
     assert in_short(SIZES) == SIZES
     longer = SIZES.replace("40,000", "50,000")
     assert in_short(f"{SIZES}\n{longer}") == SIZES.replace("40,000", "40,000 or 50,000")
-    other = SIZES.replace("regenerated (200,000 transitions)", "a and b, c.hdf5").replace("256", "64")
+    other = SIZES.replace("regenerated (200,000 transitions)", "a and b, c.hdf5").replace(
+        "256", "64"
+    )
     assert in_short(f"{SIZES}\n{other}") == (
         "data regenerated (200,000 transitions) or data a and b, c.hdf5, 20,000 offline updates, "
         "40,000 online steps, batches of 256 or batches of 64, layers of 256 or layers of 64"
