@@ -9,7 +9,8 @@ actions and divergences than the run's. s = 0 is the behavior itself. Each line 
 
 - auc: the probability that an offline row scores lower than an online one; 0.5: the scores do not
   tell the halves apart;
-- auc_newest: the same against the newest fifth of the online rows alone.
+- auc_newest: the same against the newest fifth of the online rows alone;
+- mu_offline, mu_online: the mean scores.
 
 The rows are appended to --csv; those of the same run and step are replaced.
 """
@@ -27,6 +28,7 @@ from exchange import N_ROWS, restored, scores_of
 from lib.records import csv_text, read_rows
 
 KEY = "env", "name", "seed", "step"
+MEASURES = "auc", "auc_newest", "mu_offline", "mu_online"
 
 
 def readings(scale: float) -> list[dict]:
@@ -68,7 +70,9 @@ def rows_of(folder: Path) -> list[dict]:
             scores_of(script, changed, sampler, halves[half], index[group], half)
             for group, half in (("offline", "offline"), ("online", "online"), ("newest", "online"))
         )
-        rows.append({**base, **reading, "auc": auc(x, y), "auc_newest": auc(x, newest)})
+        row = {"auc": auc(x, y), "auc_newest": auc(x, newest)}
+        row |= {"mu_offline": x.mean().item(), "mu_online": y.mean().item()}
+        rows.append(base | reading | row)
     return rows
 
 
@@ -82,7 +86,7 @@ def main():
         for folder in args.runs:
             new = rows_of(folder.resolve())
             for row in new:
-                print(*(f"{x:.3f}" if k.startswith("auc") else x for k, x in row.items()))
+                print(*(f"{x:.3f}" if k in MEASURES else x for k, x in row.items()))
             if args.csv:
                 own = [new[0][k] for k in KEY]
                 old = [row for row in read_rows(args.csv) if [row[k] for k in KEY] != own]

@@ -484,11 +484,37 @@ def full_size_block() -> str:
     return "\n".join([made_with("full_size", runs), *tables])
 
 
+SCORED = "dare_iql_resample"  # whose runs results/readings/scores.csv has on every task
+
+
+def score_readings_block() -> str:
+    """Which reading of the alignment score tells the halves apart, from results/scores.py."""
+    found = [x for x in read_rows(RECORDS / "readings" / "scores.csv") if x["name"] == SCORED]
+    found.sort(key=lambda x: (x["align"], x["n_reference"], x["guidance_scale"]))
+    published = {x["env"]: x["guidance_scale"] for x in found}  # the last, so the largest
+    tables = []
+    for measure, title in (("auc", "all online rows"), ("auc_newest", "the newest fifth of them")):
+        cells = defaultdict(lambda: defaultdict(list))
+        for row in found:
+            n, s, env = row["n_reference"], row["guidance_scale"], row["env"]
+            names = {0: ["0: the behavior"], 1: ["1"]}.get(s, [])
+            names = names if row["align"] == "gaussian_kl" else []
+            for scale in names + ["Table 7's"] * (s == published[env]):
+                how = {"s": scale, "reference actions": f"{n:.0f}", "--align": row["align"]}
+                cells[tuple(how.items())][env].append(row[measure])
+        rows = [
+            dict(how) | {env: summary(by_env.get(env, []), "", 2) for env in sorted(published)}
+            for how, by_env in cells.items()
+        ]
+        tables.append(Table(f"AUC, offline rows against {title}", rows))
+    return "\n".join(table.markdown() for table in tables)
+
+
 # Written as a whole, from the records beside them.
 PAGES = {f"results/{name}/README.md": functools.partial(record_page, name) for name in STUDY}
 # Written between the marks <!-- NAME: python results/tables.py pages --> and <!-- end of NAME -->,
 # in those of these pages that have them.
-BLOCKS = {"full_size": full_size_block}
+BLOCKS = {"full_size": full_size_block, "scores": score_readings_block}
 MARKED = "README.md", "algorithms/README.md", "d4rl_gymnasium/README.md", "results/README.md"
 
 

@@ -1,4 +1,4 @@
-"""results/exchange.py: returns by hand, and a small run from end to end."""
+"""results/exchange.py and scores.py: returns and AUC by hand, and a small run end to end."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 
 import dare_iql
 import exchange
+import scores
 from lib.records import read_rows
 
 DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
@@ -35,6 +36,21 @@ def test_returns_end_where_an_episode_does(monkeypatch):
     np.testing.assert_allclose(found, [*expected, unknown, unknown])
 
 
+def test_auc_is_the_share_of_pairs_and_ties_count_half():
+    x, y = torch.randint(6, (40,)).float(), torch.randint(2, 9, (25,)).float()
+    pairs = (x[:, None] < y).double() + (x[:, None] == y).double() / 2
+    assert scores.auc(x, y) == pytest.approx(pairs.mean().item(), abs=1e-12)
+    assert scores.auc(x, x) == pytest.approx(0.5, abs=1e-12) and scores.auc(y - 10, x) == 1.0
+
+
+def test_readings_are_distinct_and_one_is_the_runs_own():
+    found = scores.readings(8.0)
+    assert {"guidance_scale": 8.0, "n_reference": 1, "align": "gaussian_kl"} in found
+    assert len({tuple(x.values()) for x in found}) == len(found) == 7
+    assert len(scores.readings(1.0)) == 5
+    assert {x["guidance_scale"] for x in scores.readings(0.0)} == {0.0}
+
+
 def test_two_steps_of_a_run_and_what_is_refused(tmp_path, monkeypatch, capsys):
     settings = dict(data=DATA, device="cpu", n_episodes=1, n_support=2, n_support_states=20)
     settings |= dict(behavior_iterations=5, behavior_batch_size=8, behavior_width=8)
@@ -45,6 +61,7 @@ def test_two_steps_of_a_run_and_what_is_refused(tmp_path, monkeypatch, capsys):
     flags += [x for key, value in settings.items() for x in (f"--{key}", str(value))]
     table, picture = tmp_path / "rows.csv", tmp_path / "x.png"
     monkeypatch.setattr(exchange, "N_ROWS", 200)
+    monkeypatch.setattr(scores, "N_ROWS", 200)
 
     def report(name):
         folder = tmp_path / name / "hopper-medium-v2" / "seed_0"
@@ -74,6 +91,16 @@ def test_two_steps_of_a_run_and_what_is_refused(tmp_path, monkeypatch, capsys):
         assert 0 < sum(groups.values()) <= 400
     assert picture.stat().st_size > 5_000
     assert "step 90: online, moved: " in capsys.readouterr().out
+
+    folder, table_2 = tmp_path / "dare_iql" / "hopper-medium-v2" / "seed_0", tmp_path / "auc.csv"
+    monkeypatch.setattr(sys, "argv", ["scores.py", str(folder), "--csv", str(table_2)])
+    scores.main()
+    rows = read_rows(table_2)
+    assert len(rows) == 7 and {row["step"] for row in rows} == {90}
+    assert all(0 <= row[k] <= 1 for row in rows for k in ("auc", "auc_newest"))
+    assert len({row["auc"] for row in rows}) == 7
+    scores.main()
+    assert read_rows(table_2) == rows  # the same step again takes its place
 
     text = table.read_text()
     table.write_text(text.replace("hopper-medium-v2", "hopper-medium-replay-v2"))
