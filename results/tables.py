@@ -493,7 +493,10 @@ def score_readings_block() -> str:
     found.sort(key=lambda x: (x["align"], x["n_reference"], x["guidance_scale"]))
     published = {x["env"]: x["guidance_scale"] for x in found}  # the last, so the largest
     tables = []
-    for measure, title in (("auc", "all online rows"), ("auc_newest", "the newest fifth of them")):
+    for measure, title in (
+        ("auc", "online rows"),
+        ("auc_newest", "the newest fifth of the online rows"),
+    ):
         cells = defaultdict(lambda: defaultdict(list))
         for row in found:
             n, s, env = row["n_reference"], row["guidance_scale"], row["env"]
