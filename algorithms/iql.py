@@ -353,7 +353,7 @@ class ImplicitQLearning:
         soft_update(self.q_target, self.qf, self.config.tau)
         self.total_it += 1
         log_dict = {"value_loss": value_loss, "q_loss": q_loss, "actor_loss": actor_loss}
-        log_dict |= {"q": target_q.mean(), "v": v.mean(), "advantage": adv.mean()}
+        log_dict |= {"q": target_q.mean(), "v": v.mean(), "log_std": self.actor.log_std.mean()}
         return {name: x.detach() for name, x in log_dict.items()}
 
     def start_online(self):

@@ -513,11 +513,28 @@ def score_readings_block() -> str:
     return "\n".join(table.markdown() for table in tables)
 
 
+def deviation_block() -> str:
+    """Standard deviations of policies before and after fine-tuning, from results/deviation.py."""
+    cells = defaultdict(lambda: defaultdict(list))
+    for row in read_rows(RECORDS / "full_size" / "deviation.csv"):
+        cells[row["method"]][row["env"]].append(row)
+    tasks = sorted({task for by_task in cells.values() for task in by_task})
+    methods = {f"{METHODS['iql'].label} before fine-tuning": ("iql", "before")}
+    methods |= {method_of(name).label: (name, "after") for name in in_order(cells)}
+    rows = [
+        {"method": label}
+        | {t: summary([row[when] for row in cells[name][t]], "", 3) for t in tasks}
+        for label, (name, when) in methods.items()
+    ]
+    return Table("Standard deviation of the policy", rows).markdown()
+
+
 # Written as a whole, from the records beside them.
 PAGES = {f"results/{name}/README.md": functools.partial(record_page, name) for name in STUDY}
 # Written between the marks <!-- NAME: python results/tables.py pages --> and <!-- end of NAME -->,
 # in those of these pages that have them.
 BLOCKS = {"full_size": full_size_block, "scores": score_readings_block}
+BLOCKS["deviation"] = deviation_block
 MARKED = "README.md", "algorithms/README.md", "d4rl_gymnasium/README.md", "results/README.md"
 
 

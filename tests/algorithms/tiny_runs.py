@@ -60,7 +60,7 @@ GROUPS = [
     Group(
         iql,
         dare_iql,
-        ["value_loss", "q_loss", "actor_loss", "q", "v", "advantage"],
+        ["value_loss", "q_loss", "actor_loss", "q", "v", "log_std"],
         [3e-4] * 3,
         "expectile",
         (

@@ -1,4 +1,4 @@
-"""results/exchange.py and scores.py: returns and AUC by hand, and a small run end to end."""
+"""results/exchange.py, scores.py, deviation.py: returns and AUC by hand, a small run end to end."""
 
 import sys
 from pathlib import Path
@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import dare_iql
+import deviation
 import exchange
 import scores
+from d4rl_gymnasium.files import load
 from lib.records import read_rows
 
 DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
@@ -101,6 +103,19 @@ def test_two_steps_of_a_run_and_what_is_refused(tmp_path, monkeypatch, capsys):
     assert len({row["auc"] for row in rows}) == 7
     scores.main()
     assert read_rows(table_2) == rows  # the same step again takes its place
+
+    table_3 = tmp_path / "std.csv"
+    monkeypatch.setattr(sys, "argv", ["deviation.py", str(folder), "--csv", str(table_3)])
+    for _ in range(2):  # the same run again takes its place
+        deviation.main()
+    (row,) = read_rows(table_3)
+    assert [row[k] for k in ("method", "seed", "step")] == ["dare_iql", 0, 90]
+    for name, column in (("offline.pt", "before"), ("checkpoint.pt", "after")):
+        log_std = load(folder / name)["trainer"]["actor"]["log_std"]
+        assert row[column] == pytest.approx(log_std.exp().mean().item(), rel=1e-5)
+    monkeypatch.setattr(sys, "argv", ["deviation.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="has no config.yaml: name the folder of a run"):
+        deviation.main()
 
     text = table.read_text()
     table.write_text(text.replace("hopper-medium-v2", "hopper-medium-replay-v2"))
