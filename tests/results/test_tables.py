@@ -427,7 +427,7 @@ def test_a_changed_number_is_found(tmp_path, monkeypatch):
     tables.main()
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# Title\n<!-- full_size: ")
-    assert text.endswith("<!-- end of full_size -->\nend\n")
+    assert text.endswith(f"<!-- end of {list(tables.BLOCKS)[-1]} -->\nend\n")
     assert tables.full_size_block() in text
     monkeypatch.setattr(sys, "argv", ["tables.py", "pages", "--check"])
     tables.main()
