@@ -2,8 +2,9 @@
 
 The arguments are folders of runs of the IQL group; call it where they were started. A row for each
 has the standard deviation of the policy, the mean over the components of the action: in the offline
-agent that fine-tuning started from, and in the run's checkpoint.pt. Along newer runs its logarithm
-is in train.csv (log_std). The rows are appended to --csv; that of the same run is replaced.
+agent that fine-tuning started from, and in the run's checkpoint.pt (of PEX: of its new policy).
+Along newer runs its logarithm is in train.csv (log_std). The rows are appended to --csv; that of
+the same run is replaced.
 """
 
 import argparse

@@ -5,7 +5,8 @@
 The arguments are folders of runs of dare_iql.py, or of a copy of it, with their checkpoint.pt. At
 each checkpoint 2,500 rows of the data and 2,500 online ones are scored anew, by the agent's Q and
 the run's reference (guided or resampled), with other guidance scales s, numbers of reference
-actions and divergences than the run's. s = 0 is the behavior itself. Each line has
+actions and divergences than the run's. s = 0 is the behavior itself; s = 1 of guided references
+needs the run's energy, and is left out where it has none. Each line has
 
 - auc: the probability that an offline row scores lower than an online one; 0.5: the scores do not
   tell the halves apart;
@@ -31,9 +32,10 @@ KEY = "env", "name", "seed", "step"
 MEASURES = "auc", "auc_newest", "mu_offline", "mu_online"
 
 
-def readings(scale: float) -> list[dict]:
+def readings(scale: float, reference: str = "guided") -> list[dict]:
     """Settings of the scores that are compared, for a run with this guidance scale."""
-    scales = dict.fromkeys((0.0, 1.0, scale)) if scale else [0.0]  # 0: it has no energy
+    has_no_energy = reference == "guided" and scale == 0
+    scales = [0.0] if has_no_energy else dict.fromkeys((0.0, 1.0, scale))
     found = [
         {"guidance_scale": s, "n_reference": n, "align": "gaussian_kl"}
         for n in (1, 16)
@@ -56,6 +58,7 @@ def rows_of(folder: Path) -> list[dict]:
     halves = {"offline": data, "online": online}
     n_online = int(sampler.n_online) if config.reference == "resample" else len(online.rewards)
     torch.manual_seed(config.seed)
+    before = sampler.q_spread.clone(), sampler.n_spreads.clone()
     index = {
         "offline": torch.randint(len(data.rewards), (N_ROWS,)),
         "online": torch.randint(n_online, (N_ROWS,)),
@@ -64,7 +67,10 @@ def rows_of(folder: Path) -> list[dict]:
     base = {"env": config.env, "name": folder.parts[-3], "seed": config.seed, "step": step}
     base |= {"reference": config.reference}
     rows = []
-    for reading in readings(config.guidance_scale):
+    for reading in readings(config.guidance_scale, config.reference):
+        torch.manual_seed(config.seed)  # the readings share their draws,
+        for mean, old in zip((sampler.q_spread, sampler.n_spreads), before, strict=True):
+            mean.copy_(old)  # and Q's spread, which sample() updates
         changed = sampler.config = replace(config, **reading)
         x, y, newest = (
             scores_of(script, changed, sampler, halves[half], index[group], half)

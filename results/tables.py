@@ -257,11 +257,11 @@ QUESTIONS = {  # a method, and the one that it is compared with
     ),
     "the same, guided reference": ("dare_iql", "dare_iql_random"),
     "guidance: guided against resampled": ("dare_iql", "dare_iql_resample"),
-    "the score: the behavior's density against resampled": (
+    "which score: unguided, 16 references, against resampled": (
         "dare_iql_resample_density",
         "dare_iql_resample",
     ),
-    "the exchange by the behavior's density against no exchange": (
+    "the same against no exchange": (
         "dare_iql_resample_density",
         "dare_iql_no_exchange",
     ),

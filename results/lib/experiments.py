@@ -76,9 +76,9 @@ METHODS = {
         "dare_iql",
         {"reference": "resample", "exchange": "random"},
     ),
-    # Scores of the behavior alone, by 16 of its actions: about -log of its density.
+    # Scores of the behavior alone, -log of its density smoothed by a Gaussian of covariance I.
     "dare_iql_resample_density": Method(
-        "DARE-I, behavior's density",
+        "DARE-I, unguided, 16 references",
         "#5566CC",
         "dare_iql",
         {"reference": "resample", "guidance_scale": 0, "n_reference": 16},

@@ -50,7 +50,8 @@ def test_readings_are_distinct_and_one_is_the_runs_own():
     assert {"guidance_scale": 8.0, "n_reference": 1, "align": "gaussian_kl"} in found
     assert len({tuple(x.values()) for x in found}) == len(found) == 7
     assert len(scores.readings(1.0)) == 5
-    assert {x["guidance_scale"] for x in scores.readings(0.0)} == {0.0}
+    assert {x["guidance_scale"] for x in scores.readings(0.0)} == {0.0}  # it has no energy
+    assert {x["guidance_scale"] for x in scores.readings(0.0, "resample")} == {0.0, 1.0}
 
 
 def test_two_steps_of_a_run_and_what_is_refused(tmp_path, monkeypatch, capsys):
@@ -96,6 +97,7 @@ def test_two_steps_of_a_run_and_what_is_refused(tmp_path, monkeypatch, capsys):
 
     folder, table_2 = tmp_path / "dare_iql" / "hopper-medium-v2" / "seed_0", tmp_path / "auc.csv"
     monkeypatch.setattr(sys, "argv", ["scores.py", str(folder), "--csv", str(table_2)])
+    readings = scores.readings
     scores.main()
     rows = read_rows(table_2)
     assert len(rows) == 7 and {row["step"] for row in rows} == {90}
@@ -103,6 +105,19 @@ def test_two_steps_of_a_run_and_what_is_refused(tmp_path, monkeypatch, capsys):
     assert len({row["auc"] for row in rows}) == 7
     scores.main()
     assert read_rows(table_2) == rows  # the same step again takes its place
+    monkeypatch.setattr(scores, "readings", lambda *args: readings(*args)[::-1])
+    scores.main()  # in another order: a reading does not depend on those before it
+    assert read_rows(table_2) == rows[::-1]
+    more = ["--online_iterations", "60", "--reference", "resample", "--name", "resample"]
+    dare_iql.main([*flags, *more])
+    folder_2 = tmp_path / "resample" / "hopper-medium-v2" / "seed_0"
+    monkeypatch.setattr(sys, "argv", ["scores.py", str(folder_2), "--csv", str(table_2)])
+    scores.main()
+    monkeypatch.setattr(scores, "readings", readings)
+    once = [row for row in read_rows(table_2) if row["name"] == "resample"]
+    scores.main()
+    found = [row for row in read_rows(table_2) if row["name"] == "resample"]
+    assert found == once[::-1] and len({row["auc"] for row in found}) == 7
 
     table_3 = tmp_path / "std.csv"
     monkeypatch.setattr(sys, "argv", ["deviation.py", str(folder), "--csv", str(table_3)])
