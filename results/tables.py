@@ -257,7 +257,9 @@ QUESTIONS = {  # a method, and the one that it is compared with
     ),
     "the same, guided reference": ("dare_iql", "dare_iql_random"),
     "guidance: guided against resampled": ("dare_iql", "dare_iql_resample"),
-    "which score: unguided, 16 references, against resampled": (
+    "unguided, 16 references, against IQL": ("dare_iql_resample_density", "iql"),
+    "the same against DARE-I": ("dare_iql_resample_density", "dare_iql"),
+    "the same against resampled references": (
         "dare_iql_resample_density",
         "dare_iql_resample",
     ),
