@@ -250,36 +250,42 @@ QUESTIONS = {  # a method, and the one that it is compared with
     "DARE-I against PEX": ("dare_iql", "pex"),
     "the release: no exchange against IQL": ("dare_iql_no_exchange", "iql"),
     "the exchange: DARE-I against no exchange": ("dare_iql", "dare_iql_no_exchange"),
-    "the same, resampled reference": ("dare_iql_resample", "dare_iql_no_exchange"),
-    "which rows: by the scores against at random": (
+    "the exchange: resampled reference against no exchange": (
+        "dare_iql_resample",
+        "dare_iql_no_exchange",
+    ),
+    "which rows: by the scores against at random, resampled": (
         "dare_iql_resample",
         "dare_iql_resample_random",
     ),
-    "the same, guided reference": ("dare_iql", "dare_iql_random"),
+    "which rows: by the scores against at random, guided": ("dare_iql", "dare_iql_random"),
     "guidance: guided against resampled": ("dare_iql", "dare_iql_resample"),
-    "unguided, 16 references, against IQL": ("dare_iql_resample_density", "iql"),
-    "the same against DARE-I": ("dare_iql_resample_density", "dare_iql"),
-    "the same against resampled references": (
+    "unguided, 16 references: against IQL": ("dare_iql_resample_density", "iql"),
+    "unguided, 16 references: against DARE-I": ("dare_iql_resample_density", "dare_iql"),
+    "unguided, 16 references: against resampled": (
         "dare_iql_resample_density",
         "dare_iql_resample",
     ),
-    "the same against no exchange": (
+    "unguided, 16 references: against no exchange": (
         "dare_iql_resample_density",
         "dare_iql_no_exchange",
     ),
     "guidance: guided against unguided": ("dare_iql", "dare_iql_no_guidance"),
     # Readings of Eqs. 15 and 16, without exchange
-    "alpha of Eq. 16: 0 against 0.2": ("dare_iql_no_exchange_alpha0", "dare_iql_no_exchange"),
-    "max of Eq. 15: ten draws against one": (
+    "alpha of Eq. 16: 0 against 0.2, no exchange": (
+        "dare_iql_no_exchange_alpha0",
+        "dare_iql_no_exchange",
+    ),
+    "max of Eq. 15: ten draws against one, no exchange": (
         "dare_iql_no_exchange_ten_draws",
         "dare_iql_no_exchange",
     ),
-    "policy's rate online: 3e-5 against 3e-4": (
+    "policy's rate online: 3e-5 against 3e-4, no exchange": (
         "dare_iql_no_exchange_small_rate",
         "dare_iql_no_exchange",
     ),
-    "the same, of IQL": ("iql_small_rate", "iql"),
-    "DARE-IV against DARE-I": ("dare_iv_no_exchange", "dare_iql_no_exchange"),
+    "policy's rate online: 3e-5 against 3e-4, IQL": ("iql_small_rate", "iql"),
+    "DARE-IV against DARE-I, no exchange": ("dare_iv_no_exchange", "dare_iql_no_exchange"),
     # The CQL group
     "DARE-C against Cal-QL": ("dare_cql", "cal_ql"),
     "the release: DARE-C without exchange against Cal-QL": ("dare_cql_no_exchange", "cal_ql"),
