@@ -5,9 +5,10 @@
     python results/tables.py pages [--check]    write the generated pages of this repository
 
 `--table` takes table1, 2, 3, 8, 9, 10, 11 of the paper; `scores`, `comparison` (all methods and
-tasks that there are, paired with the baseline and with DARE), `pairs` (every two methods),
-`exchange`, `cost` and `claims` (what the paper says, against the runs). A cell is mean ±
-population standard deviation (runs); lib/statistics.py says how intervals are made.
+tasks that there are, paired with the baseline and with DARE), `questions` (what DARE's parts do, by
+each measure), `pairs` (every two methods), `exchange`, `cost` and `claims` (what the paper says,
+against the runs). A cell is mean ± population standard deviation (runs); lib/statistics.py says how
+intervals are made.
 """
 
 import argparse
@@ -245,7 +246,8 @@ def pairs(runs: dict) -> list[Table]:
     ]  # fmt: skip
 
 
-QUESTIONS = {  # a method, and the one that it is compared with
+# A method, and the one that it is compared with. These are in the README of the repository ...
+MAIN_QUESTIONS = {
     "DARE-I against IQL": ("dare_iql", "iql"),
     "DARE-I against PEX": ("dare_iql", "pex"),
     "the release: no exchange against IQL": ("dare_iql_no_exchange", "iql"),
@@ -258,8 +260,11 @@ QUESTIONS = {  # a method, and the one that it is compared with
         "dare_iql_resample",
         "dare_iql_resample_random",
     ),
-    "which rows: by the scores against at random, guided": ("dare_iql", "dare_iql_random"),
     "guidance: guided against resampled": ("dare_iql", "dare_iql_resample"),
+}
+# ... and these too on the pages of records.
+QUESTIONS = MAIN_QUESTIONS | {
+    "which rows: by the scores against at random, guided": ("dare_iql", "dare_iql_random"),
     "unguided, 16 references: against IQL": ("dare_iql_resample_density", "iql"),
     "unguided, 16 references: against DARE-I": ("dare_iql_resample_density", "dare_iql"),
     "unguided, 16 references: against resampled": (
@@ -294,11 +299,18 @@ QUESTIONS = {  # a method, and the one that it is compared with
 }
 
 
-def questions(runs: dict) -> list[Table]:
+MEASURES = {  # of a record: in a title, and in a note
+    "last_four": ("", "last-four means"),
+    "after_updates": (", over all evaluations", "means of all evaluations after online updates"),
+    "last": (", in the last evaluation", "scores of the last evaluation"),
+}
+
+
+def questions(runs: dict, of: str = "last_four") -> list[Table]:
     """What the parts of DARE do, on each task and, if there are several, over all."""
-    rows, tasks = [], sorted({task for _, task in runs})
+    rows, tasks, (more, measure) = [], sorted({task for _, task in runs}), MEASURES[of]
     for question, (method, other) in QUESTIONS.items():
-        found = {task: differences(runs, method, other, task) for task in tasks}
+        found = {task: differences(runs, method, other, task, of) for task in tasks}
         cells = {task: difference(*pair) for task, pair in found.items()}
         pairs = [pair for pair in found.values() if len(pair[0])]
         if len(tasks) > 1:
@@ -306,11 +318,22 @@ def questions(runs: dict) -> list[Table]:
         if pairs:
             cells = {k: cell and replace(cell, sizes="") for k, cell in cells.items()}
             rows.append({"question": question, **cells})
-    note = "Differences of last-four means (pairs of runs), with 95% t intervals, at the smaller "
+    note = f"Differences of {measure} (pairs of runs), with 95% t intervals, at the smaller "
     note += "number of online steps."
     if len(tasks) > 1:
         note += " All: mean over the tasks of a row, the interval stratified by task."
-    return [Table("What does what", rows, [note])]
+    return [Table(f"What does what{more}", rows, [note])]
+
+
+def questions_in_each_way(runs: dict) -> list[Table]:
+    """The questions by each measure, and at the step that the shortest runs reach."""
+    tables = [table for of in MEASURES for table in questions(runs, of)]
+    records = [record for seeds in runs.values() for record in seeds.values()]
+    shortest = min(record.n_steps for record in records)
+    if any(record.n_steps > shortest for record in records):
+        (early,) = questions(by_seed([record.until(shortest) for record in records]))
+        tables.append(replace(early, title=f"{early.title}, at {shortest:,} online steps"))
+    return tables
 
 
 def over_tasks(pairs: list[tuple]) -> Cell | None:
@@ -409,7 +432,7 @@ def exchange(runs: dict) -> list[Table]:
 OTHERS = {
     "scores": scores,
     "comparison": comparison,
-    "questions": questions,
+    "questions": questions_in_each_way,
     "pairs": pairs,
     "exchange": exchange,
     "cost": cost,
@@ -471,7 +494,7 @@ def record_page(name: str) -> str:
     )
     tables = [
         *scores(runs),
-        *questions(runs),
+        *questions_in_each_way(runs),
         *comparison(runs),
         *exchange(runs),
         claims(runs),
@@ -485,10 +508,24 @@ def record_page(name: str) -> str:
 STUDY = "full_size", "readings", "finetuning", "finetuning_replay", "finetuning_cql"
 
 
+def in_brief(runs: dict) -> Table:
+    """MAIN_QUESTIONS, without the intervals of single tasks."""
+    rows = [row for row in questions(runs)[0].rows if row["question"] in MAIN_QUESTIONS]
+    for row in rows:
+        for task, cell in row.items():
+            if isinstance(cell, Cell):
+                sure = cell.interval is not None and min(cell.interval) * max(cell.interval) > 0
+                kept = {} if task == "all" else {"seeds": None, "interval": None}
+                row[task] = replace(cell, bold=sure, **kept)
+    note = "Differences of last-four means, at the smaller number of online steps; over all tasks "
+    note += "(pairs of runs) with 95% t intervals. Bold: the interval excludes 0."
+    return Table("What does what", rows, [note])
+
+
 def full_size_block() -> str:
     """The study with the largest networks, for the README of the repository."""
     runs = by_seed(read_records(RECORDS / "full_size"))
-    tables = [table.markdown() for table in (*scores(runs), *questions(runs))]
+    tables = [table.markdown() for table in (*scores(runs), in_brief(runs))]
     return "\n".join([made_with("full_size", runs), *tables])
 
 
