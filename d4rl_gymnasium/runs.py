@@ -98,6 +98,7 @@ def parse(config_class: type, args: list[str] | None = None):
     parser = parser_of(config_class)
     args = _quoted(sys.argv[1:] if args is None else args, config_class)
     try:
+        _check_presets(config_class)
         _check_file(args, config_class)
         return parser.parse_args(args)
     except Exception as error:
@@ -131,9 +132,27 @@ def parser_of(config_class: type) -> pyrallis.argparsing.ArgumentParser:
     return parser
 
 
+def _presets(config_class):
+    """PRESETS of a script, whose values fill in the defaults that are None."""
+    return getattr(sys.modules[config_class.__module__], "PRESETS", {})
+
+
+def _check_presets(config_class):
+    """Refuse presets that would do nothing, as of a setting that was edited in a copy."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    for name in [name for values in _presets(config_class).values() for name in values]:
+        if name not in defaults:
+            raise ValueError(f"PRESETS name {name}, which is no setting of TrainConfig")
+        if defaults[name] is not None:
+            raise ValueError(
+                f"PRESETS give {name}, but TrainConfig has {defaults[name]} for all tasks: write "
+                "None there, and the value in PRESETS"
+            )
+
+
 def _by_task(config_class, field):
     """The values that a script's PRESETS have for a field."""
-    presets = getattr(sys.modules[config_class.__module__], "PRESETS", {})
+    presets = _presets(config_class)
     found = {key: values[field] for key, values in presets.items() if field in values}
     families = [f"{key} {value}" for key, value in found.items() if not key.endswith("-v2")]
     more = ["others in PRESETS"] * (len(found) > len(families))

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -96,6 +97,20 @@ def test_a_string_without_a_value_is_none(capsys):
     with pytest.raises(SystemExit):
         parse(Settings, ["--name", "--seed", "3"])
     assert "--name: expected one argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "presets, reason",
+    [
+        ({"a": {"sed": 1}}, "PRESETS name sed, which is no setting of TrainConfig"),
+        ({"a": {}, "b": {"seed": 1}}, "PRESETS give seed, but TrainConfig has 0 for all tasks: "),
+    ],
+)
+def test_presets_that_would_do_nothing_are_refused(monkeypatch, presets, reason):
+    monkeypatch.setattr(sys.modules[__name__], "PRESETS", presets, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        parse(Settings, [])
+    assert stop.value.code.startswith(f"error: {reason}")
 
 
 def test_help_has_the_comment_of_a_setting_below_a_banner(capsys):
