@@ -36,7 +36,7 @@ from diffusion import EnergyGuidedSampler  # DARE
 
 
 class TensorBatch(NamedTuple):
-    """Columns of a batch: [B, S], [B, A], [B], [B, S], [B] and V^nu of Eq. 1, [B]."""
+    """Columns of buffers and batches: [B, S], [B, A], [B], [B, S], [B] and V^nu of Eq. 1, [B]."""
 
     observations: torch.Tensor
     actions: torch.Tensor
@@ -120,7 +120,7 @@ class TrainConfig:
     behavior_lr_decay: bool = False  # warm-up and cosine decay of it (fast_behavior.yaml)
     behavior_width: int = 512  # units of its widest layer (CEP)
     n_support: int = None  # K, support actions per state of Eq. 34 (CEP)
-    n_support_states: int = 0  # dataset states with support actions; 0 is all, as is resample
+    n_support_states: int = 0  # dataset states with support actions; 0: all (resample: always)
     energy_hidden: int = 256  # units of a hidden layer of f_phi, App. B.5
     energy_beta: float = 3.0  # beta_E of Eq. 34 (CEP)
     energy_normalize: bool = True  # Q in units of its running mean spread over the K actions
@@ -345,9 +345,9 @@ class MLP(nn.Module):
     def __init__(self, dims: list[int], output_activation: nn.Module | None = None):
         super().__init__()
         layers = []
-        for dim_in, dim_out in zip(dims[:-1], dims[1:], strict=True):
+        for dim_in, dim_out in zip(dims[:-2], dims[1:-1], strict=True):
             layers += [nn.Linear(dim_in, dim_out), nn.ReLU()]
-        layers[-1] = output_activation or nn.Identity()
+        layers += [nn.Linear(*dims[-2:]), output_activation or nn.Identity()]
         self.net = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -630,13 +630,13 @@ def exchange(
     """
     exchanged, separation = count_misplaced(offline_scores, online_scores)
     exchanged = exchanged.clamp(max=max_exchange)
-    if at_random:  # the control: as many rows, whatever their scores
-        offline_scores, online_scores = map(torch.rand_like, (offline_scores, online_scores))
-    n_offline, n_pairs = len(offline_scores), min(len(offline_scores), len(online_scores))
-    i = offline_scores.argsort(descending=True, stable=True)[:n_pairs]
-    j = online_scores.argsort(stable=True)[:n_pairs] + n_offline
+    ranks = offline_scores, online_scores
+    x, y = map(torch.rand_like, ranks) if at_random else ranks  # the control: any rows, as many
+    n_offline, n_pairs = len(x), min(len(x), len(y))
+    i = x.argsort(descending=True, stable=True)[:n_pairs]
+    j = y.argsort(stable=True)[:n_pairs] + n_offline
     swap = torch.arange(n_pairs, device=i.device) < exchanged
-    index = torch.arange(n_offline + len(online_scores), device=i.device)
+    index = torch.arange(n_offline + len(y), device=i.device)
     index[i], index[j] = torch.where(swap, j, i), torch.where(swap, i, j)
     return *regroup(offline_batch, online_batch, index), exchanged, separation
 
@@ -712,9 +712,9 @@ class Run:
 
     def add(self, log_dict: dict[str, torch.Tensor]):
         """Sum what an update logs, on the device; its names are the same throughout a phase."""
-        if not self.sums:
-            self.sums = {name: torch.zeros_like(x) for name, x in log_dict.items()}
-        torch._foreach_add_(list(self.sums.values()), list(log_dict.values()))
+        if self.sums.keys() != log_dict.keys():  # none yet, or those of another version
+            self.sums, self.n_sums = {k: torch.zeros_like(x) for k, x in log_dict.items()}, 0
+        torch._foreach_add_([self.sums[name] for name in log_dict], list(log_dict.values()))
         self.n_sums += 1
 
     def log_means(self, phase: str, step: int):
@@ -722,7 +722,7 @@ class Run:
         row = {"steps_per_second": self.n_steps / (time.perf_counter() - self.clock)}
         row |= {name: (x / self.n_sums).item() for name, x in self.sums.items()}
         if bad := [name for name, x in row.items() if not math.isfinite(x)]:
-            raise FloatingPointError(f"{bad[0]} is not finite at {phase} step {step}")
+            raise FloatingPointError(f"not finite at {phase} step {step}: {', '.join(bad)}")
         self.log("train", phase, step, row)
         self.sums, self.n_sums = {}, 0
         self.n_steps, self.clock = 0, time.perf_counter()
@@ -906,14 +906,14 @@ def train(config: TrainConfig):
             states = torch.cat([batch.observations for batch in batches])
             actions = torch.cat([batch.actions for batch in batches])
             scores = alignment_score(actions, sampler.sample(states, i, j), config.align)
-            halves = scores.split([len(i), len(j)])
+            scores = scores.split([len(i), len(j)])  # of the offline and of the online half
             if config.exchange == "direct":
-                *batches, exchanged, separation = direct_exchange(*batches, *halves)
+                *batches, exchanged, separation = direct_exchange(*batches, *scores)
             else:
                 cap, at_random = config.max_exchange, config.exchange == "random"
-                *batches, exchanged, separation = exchange(*batches, *halves, cap, at_random)
+                *batches, exchanged, separation = exchange(*batches, *scores, cap, at_random)
             assert len(batches[0].rewards) == config.n_offline  # where the losses cut the batch
-            log_dict |= score_statistics(*halves)
+            log_dict |= score_statistics(*scores)
             log_dict |= {"exchanged": exchanged.float(), "separation": separation}
             batch = map(torch.cat, zip(*batches, strict=True))
             return log_dict | trainer.train(TensorBatch(*batch))

@@ -35,7 +35,7 @@ from diffusion.sampler import progress
 
 
 class TensorBatch(NamedTuple):
-    """Columns of a batch: [B, S], [B, A], [B], [B, S], [B]."""
+    """Columns of buffers and batches: [B, S], [B, A], [B], [B, S], [B]."""
 
     observations: torch.Tensor
     actions: torch.Tensor
@@ -260,9 +260,9 @@ class MLP(nn.Module):
     def __init__(self, dims: list[int], output_activation: nn.Module | None = None):
         super().__init__()
         layers = []
-        for dim_in, dim_out in zip(dims[:-1], dims[1:], strict=True):
+        for dim_in, dim_out in zip(dims[:-2], dims[1:-1], strict=True):
             layers += [nn.Linear(dim_in, dim_out), nn.ReLU()]
-        layers[-1] = output_activation or nn.Identity()
+        layers += [nn.Linear(*dims[-2:]), output_activation or nn.Identity()]
         self.net = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -289,7 +289,7 @@ class GaussianPolicy(nn.Module):
         return (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def sample(self, state: torch.Tensor, n: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw n actions [n, B, A], clamped to the action bounds, with log densities [n, B]."""
+        """Draws [n, B, A] clamped to the bounds, and log densities [n, B] from before the clamp."""
         mean, log_std = self(state)
         z = torch.randn(n, *mean.shape, device=mean.device)
         log_prob = (-0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
@@ -687,9 +687,9 @@ class Run:
 
     def add(self, log_dict: dict[str, torch.Tensor]):
         """Sum what an update logs, on the device; its names are the same throughout a phase."""
-        if not self.sums:
-            self.sums = {name: torch.zeros_like(x) for name, x in log_dict.items()}
-        torch._foreach_add_(list(self.sums.values()), list(log_dict.values()))
+        if self.sums.keys() != log_dict.keys():  # none yet, or those of another version
+            self.sums, self.n_sums = {k: torch.zeros_like(x) for k, x in log_dict.items()}, 0
+        torch._foreach_add_([self.sums[name] for name in log_dict], list(log_dict.values()))
         self.n_sums += 1
 
     def log_means(self, phase: str, step: int):
@@ -697,7 +697,7 @@ class Run:
         row = {"steps_per_second": self.n_steps / (time.perf_counter() - self.clock)}
         row |= {name: (x / self.n_sums).item() for name, x in self.sums.items()}
         if bad := [name for name, x in row.items() if not math.isfinite(x)]:
-            raise FloatingPointError(f"{bad[0]} is not finite at {phase} step {step}")
+            raise FloatingPointError(f"not finite at {phase} step {step}: {', '.join(bad)}")
         self.log("train", phase, step, row)
         self.sums, self.n_sums = {}, 0
         self.n_steps, self.clock = 0, time.perf_counter()

@@ -96,7 +96,7 @@ def contents_of(path: Path):
         reason = " ".join(line.strip() for line in lines)
         raise DamagedFileError(
             f"{path} does not hold what this version reads there ({reason}): put the right one "
-            "there, or move it away to start afresh"
+            "there, move it away to start afresh, or mend what reads it if you edited that"
         ) from error
 
 

@@ -91,7 +91,8 @@ def restored(folder: Path):
         config, data.observations, data.actions, online.rows(slice(None)).observations,
         trainer.q_target, lambda update: update,
     )  # fmt: skip
-    sampler.load_state_dict(state["sampler"])
+    with contents_of(folder / "checkpoint.pt"):
+        sampler.load_state_dict(state["sampler"])
     return script, config, state["step"], trainer, sampler, data, online.rows(slice(None))
 
 

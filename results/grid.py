@@ -203,6 +203,9 @@ def check_method(name: str):
     if method.agent not in METHODS:
         sys.exit(f"error: {name} has no offline agent: give BASELINES[{method.script!r}] in "
                  f"{METHODS_FILE} the name of a method")  # fmt: skip
+    if has_reference(method) and method.script not in METHODS:
+        sys.exit(f"error: METHODS of {METHODS_FILE} has {name} and not {method.script}: variants "
+                 "share its behavior model, so name it too")  # fmt: skip
     if unknown := set(method.settings) - fields_of(method.script):
         sys.exit(f"error: {name} of {METHODS_FILE} has the setting {min(unknown)}, which "
                  f"algorithms/{method.script}.py has not")  # fmt: skip
@@ -286,7 +289,7 @@ def unfinished(runs: list[Run]) -> list[Run]:
 
 
 def git_commit() -> str | None:
-    """Commit of the repository, with -dirty when tracked files are changed; None outside git."""
+    """Commit of the repository, with -dirty if it is not what runs; None outside git."""
 
     def git(*args):
         return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True)
@@ -295,6 +298,7 @@ def git_commit() -> str | None:
     if commit.returncode:
         return None
     changed = git("status", "--porcelain", "--untracked-files=no").stdout
+    changed += git("status", "--porcelain", "--", "algorithms", "diffusion").stdout  # new files too
     return commit.stdout.strip() + ("-dirty" if changed else "")
 
 

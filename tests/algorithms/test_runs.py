@@ -218,6 +218,15 @@ def test_resampled_reference_actions(group, finished, cached_runs, capsys):
     assert last["separation"] != rows(finished, "train", "online")[-1]["separation"]
 
 
+def test_what_updates_log_is_summed_by_name_and_anew_with_other_names(group, tmp_path):
+    run = group.dare.Run(config_of(group.dare, tmp_path))
+    for log_dict in ({"q": 1.0, "v": 10.0}, {"v": 20.0, "q": 2.0}):
+        run.add({name: torch.tensor(x) for name, x in log_dict.items()})
+    assert (run.sums, run.n_sums) == ({"q": 3.0, "v": 30.0}, 2)
+    run.add({"q": torch.tensor(5.0), "log_std": torch.tensor(7.0)})  # of an edited script
+    assert (run.sums, run.n_sums) == ({"q": 5.0, "log_std": 7.0}, 1)
+
+
 # --- Losses and weights that are not finite ---
 
 
@@ -229,8 +238,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(group, finished, cached_runs, se
         settings |= {"load_model": str(finished / "offline.pt")}
     message = last_line(group.dare, cached_runs, **settings, checkpoint_freq=1000)
     named = ["energy_loss"] if phase == "online" else group.columns
-    assert message.startswith("error: ") and message.split()[1] in named
-    assert f"is not finite at {phase} step" in message
+    start, names = message.split(": ", 1)[1].split(": ")
+    assert start.startswith(f"not finite at {phase} step ") and names.split(", ")[0] in named
     found = rows(directory(cached_runs, group.dare), "train") if phase == "online" else []
     assert all(math.isfinite(float(r[k])) for r in found for k in r if r[k] and k != "phase")
 

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -208,6 +209,33 @@ def test_a_method_that_cannot_be_run_is_refused(monkeypatch, method, message):
     monkeypatch.setitem(EXPERIMENTS, "other", Experiment("Mine", [("other", [ENV])]))
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         grid.plan(["other"], {})
+
+
+def test_variants_without_their_script_among_the_methods_are_refused(monkeypatch):
+    monkeypatch.setitem(METHODS, "other", Method("Mine", "#000000", "dare_iql"))
+    monkeypatch.delitem(METHODS, "dare_iql")
+    monkeypatch.setitem(EXPERIMENTS, "other", Experiment("Mine", [("other", [ENV])]))
+    with pytest.raises(SystemExit, match="error: METHODS .* has other and not dare_iql: "):
+        grid.plan(["other"], {})
+
+
+def test_a_commit_is_dirty_with_a_changed_file_or_a_new_script(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "ROOT", tmp_path)
+    (tmp_path / "algorithms").mkdir()
+    file = tmp_path / "README.md"
+    file.write_text("one")
+    identity = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    assert re.fullmatch("[0-9a-f]{7,}", grid.git_commit())
+    (tmp_path / "notes.txt").write_text("of no script")
+    assert not grid.git_commit().endswith("-dirty")
+    script = tmp_path / "algorithms" / "mine.py"
+    script.write_text("")
+    assert grid.git_commit().endswith("-dirty")
+    script.unlink()
+    file.write_text("two")
+    assert grid.git_commit().endswith("-dirty")
 
 
 def test_states_and_what_is_left_to_do(program, tmp_path, monkeypatch):
