@@ -220,6 +220,7 @@ def test_resampled_reference_actions(group, finished, cached_runs, capsys):
 
 def test_what_updates_log_is_summed_by_name_and_anew_with_other_names(group, tmp_path):
     run = group.dare.Run(config_of(group.dare, tmp_path))
+    run.sums, run.n_sums = {}, 0  # as of a new run's checkpoint
     for log_dict in ({"q": 1.0, "v": 10.0}, {"v": 20.0, "q": 2.0}):
         run.add({name: torch.tensor(x) for name, x in log_dict.items()})
     assert (run.sums, run.n_sums) == ({"q": 3.0, "v": 30.0}, 2)
