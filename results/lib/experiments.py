@@ -398,7 +398,10 @@ EXPERIMENTS["finetuning_cql"] = FINETUNING_CQL
 EXPERIMENTS["full_size"] = FULL_SIZE
 EXPERIMENTS["readings"] = READINGS
 EXPERIMENTS["regenerated"] = REGENERATED
-PICTURES["full_size"] = FULL_SIZE
+PICTURES["full_size"] = replace(
+    FULL_SIZE,
+    parts=[("iql pex dare_iql_no_exchange dare_iql_resample dare_iql", FULL_SIZE.tasks)],
+)
 PICTURES["finetuning_cql"] = replace(FINETUNING_CQL, parts=FINETUNING_CQL.parts[:1])
 PICTURES["finetuning_replay"] = replace(FINETUNING_REPLAY, parts=FINETUNING_REPLAY.parts[:1])
 PICTURES["finetuning"] = replace(FINETUNING, parts=FINETUNING.parts[:1])
