@@ -312,16 +312,17 @@ def questions(runs: dict, of: str = "last_four") -> list[Table]:
     for question, (method, other) in QUESTIONS.items():
         found = {task: differences(runs, method, other, task, of) for task in tasks}
         cells = {task: difference(*pair) for task, pair in found.items()}
-        pairs = [pair for pair in found.values() if len(pair[0])]
         if len(tasks) > 1:
+            pairs = [pair for pair in found.values() if len(pair[0]) > 1]
             cells["all"] = over_tasks(pairs) if len(pairs) > 1 else None
-        if pairs:
+        if any(cells.values()):
             cells = {k: cell and replace(cell, sizes="") for k, cell in cells.items()}
             rows.append({"question": question, **cells})
     note = f"Differences of {measure} (pairs of runs), with 95% t intervals, at the smaller "
     note += "number of online steps."
     if len(tasks) > 1:
-        note += " All: mean over the tasks of a row, the interval stratified by task."
+        note += " All: mean over the tasks of a row that have two pairs or more, the interval "
+        note += "stratified by task."
     return [Table(f"What does what{more}", rows, [note])]
 
 
@@ -518,7 +519,8 @@ def in_brief(runs: dict) -> Table:
                 kept = {} if task == "all" else {"seeds": None, "interval": None}
                 row[task] = replace(cell, bold=sure, **kept)
     note = "Differences of last-four means, at the smaller number of online steps; over all tasks "
-    note += "(pairs of runs) with 95% t intervals. Bold: the interval excludes 0."
+    note += "with two pairs of runs or more (pairs) with 95% t intervals. Bold: the interval "
+    note += "excludes 0."
     return Table("What does what", rows, [note])
 
 
