@@ -1,7 +1,7 @@
 """Cal-QL and CQL, offline then online: python algorithms/cal_ql.py --env antmaze-umaze-v2
 
 Cal-QL is Nakamoto et al. (2023); --calibrated false --name cql runs CQL, Kumar et al. (2020).
-Online, each batch is half offline and half online data. Equations and tables are the DARE paper's,
+Online, half of each of its batches is offline data. Equations and tables are the DARE paper's,
 names and their order CORL's: algorithms/README.md lists what differs from CORL on purpose.
 """
 
@@ -76,8 +76,8 @@ class TrainConfig:
     # Cal-QL
     batch_size: int = 256  # rows of a batch, Table 4
     discount: float = 0.99  # gamma, Table 4
-    policy_lr: float = 1e-4  # learning rate of the policy and its temperature, Table 4
-    qf_lr: float = 3e-4  # learning rate of Q and the Lagrange multiplier, Table 4
+    policy_lr: float = 1e-4  # learning rate of the policy, Table 4, and its temperature (CORL)
+    qf_lr: float = 3e-4  # learning rate of Q, Table 4, and the Lagrange multiplier (CORL)
     soft_target_update_rate: float = 0.005  # rate of the target network, Table 4
     calibrated: bool = True  # true is Cal-QL, false is CQL
     calibrated_online: bool = False  # max with V^nu online too; false as in Sec. 3.2 and CORL
@@ -132,7 +132,7 @@ class TrainConfig:
             raise ValueError("--compile needs a C++ compiler: install g++ or set CXX")
 
 
-PRESETS = {  # Table 4
+PRESETS = {  # Table 4; n_episodes as in iql.py
     "locomotion": dict(
         cql_alpha=10.0, cql_alpha_online=10.0, cql_lagrange=False, cql_target_action_gap=-1.0,
         cql_max_target_backup=False, normalize=True, normalize_reward=False, q_n_hidden_layers=3,
@@ -169,10 +169,9 @@ class ReplayBuffer:
     """Transitions as rows of one tensor, so that a batch is one look-up."""
 
     def __init__(self, state_dim: int, action_dim: int, buffer_size: int, device: str = "cpu"):
-        a, r, n = state_dim, state_dim + action_dim, 2 * state_dim + action_dim + 1
-        width = n + len(TensorBatch._fields) - 4  # from column n on, a column each
-        self._columns = [slice(a), slice(a, r), r, slice(r + 1, n), *range(n, width)]
-        self._data = torch.zeros(buffer_size, width, device=device)
+        s, a, n = state_dim, action_dim, len(TensorBatch._fields) - 4  # n columns after s'
+        self._columns = [slice(s), slice(s, s + a), s + a, slice(s + a + 1, -n), *range(-n, 0)]
+        self._data = torch.zeros(buffer_size, 2 * s + a + 1 + n, device=device)
         self.size = torch.zeros((), dtype=torch.int64, device=device)
         self._pointer = 0  # size as a Python int
 
@@ -197,7 +196,7 @@ class ReplayBuffer:
 
     def draw(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
         """Indices [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
-        # The size is a tensor, so that a replayed CUDA graph draws rows added after its capture.
+        # randint takes no tensor as its bound, and only a tensor grows in a replayed CUDA graph.
         draws = torch.randint(1 << 62, (batch_size,), device=self._data.device)
         return draws % (self.size if n_rows is None else n_rows)
 
@@ -229,8 +228,7 @@ def eval_actor(envs: gym.vector.VectorEnv, trainer, n_episodes: int, seed: int) 
 
 def return_reward_range(dataset: dict) -> tuple[float, float]:
     """Smallest and largest return of an episode."""
-    rewards = dataset["rewards"].astype(np.float64)
-    returns = np.add.reduceat(rewards, d4rl.episode_starts(dataset))
+    returns = np.add.reduceat(dataset["rewards"].astype(float), d4rl.episode_starts(dataset))
     return float(returns.min()), float(returns.max())
 
 
@@ -518,7 +516,7 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock", timeout=0)
         self.checkpoint = {"phase": "offline", "rows": {}, "sums": {}, "n_sums": 0, "wandb": None}
-        self.source = digest(__file__)  # to say when a run is resumed with an edited script
+        self.digest = digest(__file__)  # to say when a run is resumed with an edited script
         self.n_steps = 0  # since the last row of train.csv
 
     def start(self):
@@ -594,7 +592,7 @@ class Run:
         cuda_rng = torch.cuda.get_rng_state() if self.config.device == "cuda" else None
         state = {"settings": self.settings, "phase": phase, "step": step, "rows": self.rows}
         state |= {"sums": self.sums, "n_sums": self.n_sums, "wandb": self.wandb.id}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "source": self.source}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "source": self.digest}
         state |= {name: part.state_dict() for name, part in parts.items()}
         save(self.dir / "checkpoint.pt", state)
         self.last_save = time.perf_counter()
@@ -610,7 +608,7 @@ class Run:
             torch.set_rng_state(state["rng"])
             if self.config.device == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"])
-        edited = ", with an edited script" if state.get("source") != self.source else ""
+        edited = ", with an edited script" if state.get("source") != self.digest else ""
         print(f"resuming {self.dir} at {phase} step {state['step']:,}{edited}", flush=True)
         return state["step"]
 
@@ -620,8 +618,8 @@ class Run:
         axes = figure.subplots(len(PANELS), sharex=True)
         for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
             rows = [row for kind in self.rows.values() for row in kind if name in row]
-            points = [(row["step"], row[name]) for row in rows if row["phase"] == "online"]
-            ax.plot(*zip(*points, strict=True) if points else ([], []), marker=".")
+            rows = [row for row in rows if row["phase"] == "online"]
+            ax.plot([row["step"] for row in rows], [row[name] for row in rows], marker=".")
             ax.set_ylabel(label)
         axes[0].set_title(f"{self.config.name}, {self.config.env}, seed {self.config.seed}")
         axes[-1].set_xlabel(f"online environment steps (data: {self.config.data})")
@@ -716,7 +714,7 @@ def train(config: TrainConfig):
                 run.after_step("offline", step + 1, last, parts, evaluate)
             save(run.dir / "offline.pt", dict(trainer=trainer.state_dict(), settings=run.settings))
 
-        # Online: one environment step, then `utd` updates on half offline, half online data.
+        # Online: one environment step and `utd` updates at a time.
         torch.manual_seed(config.seed)  # again: the same online phase after --load_model
         trainer.start_online()
         env.reset(seed=config.seed)
@@ -731,10 +729,11 @@ def train(config: TrainConfig):
         update = accelerate(online_update, config)
         start, last = run.restore("online", parts), config.online_iterations
         if start is None:
+            start = 0
             evaluate("online", 0)
             run.save("online", 0, parts)
         run.clock = time.perf_counter()  # steps_per_second is of steps alone
-        for step in tqdm(range(start or 0, last), "online", last, initial=start or 0, disable=None):
+        for step in tqdm(range(start, last), "online", last, initial=start, disable=None):
             state = env.last_observation
             action = trainer.act(state[None])[0]
             # Before env.step, which then runs while a GPU is at work on the updates.
@@ -748,8 +747,9 @@ def train(config: TrainConfig):
                 env.reset()
             run.after_step("online", step + 1, last, parts, evaluate)
         scores = [r["d4rl_normalized_score"] for r in run.rows["eval"] if r["phase"] == "online"]
+        after = scores[1:] or scores  # scores[0] is from before fine-tuning
         print(f"score before fine-tuning {scores[0]:.1f}, mean of the last four evaluations "
-              f"{np.mean(scores[1:][-4:] or scores):.1f}\ncurve: {run.dir}/curve.png")  # fmt: skip
+              f"{np.mean(after[-4:]):.1f}\ncurve: {run.dir}/curve.png")  # fmt: skip
 
 
 def main(args: list[str] | None = None):

@@ -5,7 +5,7 @@ is algorithms/cal_ql.py plus what is marked `# DARE`.
 On a CPU add --config_path fast_behavior.yaml, or the behavior model takes days.
 
 Cal-QL is Nakamoto et al. (2023); --calibrated false --name cql runs CQL, Kumar et al. (2020).
-Online, each batch is half offline and half online data. Equations and tables are the DARE paper's,
+Online, half of each of its batches is offline data. Equations and tables are the DARE paper's,
 names and their order CORL's: algorithms/README.md lists what differs from CORL on purpose.
 """
 
@@ -81,8 +81,8 @@ class TrainConfig:
     # Cal-QL
     batch_size: int = 256  # rows of a batch, Table 4
     discount: float = 0.99  # gamma, Table 4
-    policy_lr: float = 1e-4  # learning rate of the policy and its temperature, Table 4
-    qf_lr: float = 3e-4  # learning rate of Q and the Lagrange multiplier, Table 4
+    policy_lr: float = 1e-4  # learning rate of the policy, Table 4, and its temperature (CORL)
+    qf_lr: float = 3e-4  # learning rate of Q, Table 4, and the Lagrange multiplier (CORL)
     soft_target_update_rate: float = 0.005  # rate of the target network, Table 4
     calibrated: bool = True  # true is Cal-QL, false is CQL
     calibrated_online: bool = False  # max with V^nu online too; false as in Sec. 3.2 and CORL
@@ -105,7 +105,7 @@ class TrainConfig:
     is_sparse_reward: bool = None  # the return of a failed episode is r / (1 - gamma), Table 4
     # DARE
     exchange: str = "gaussian"  # gaussian (Eqs. 8 to 10), direct (Sec. 7.5), random or none
-    max_exchange: int = 32  # n of Eq. 10, most pairs of an update, App. B.1; 128 is no cap
+    max_exchange: int = 32  # n of Eq. 10, most pairs of an update, App. B.1; 1000000: no cap
     online_loss: str = "td"  # online-like rows: td (Eq. 14, without R) or none: Cal-QL's, with R
     align: str = "gaussian_kl"  # reading of Eq. 7: gaussian_kl or softmax_kl
     # Behavior diffusion
@@ -120,7 +120,7 @@ class TrainConfig:
     behavior_lr_decay: bool = False  # warm-up and cosine decay of it (fast_behavior.yaml)
     behavior_width: int = 512  # units of its widest layer (CEP)
     n_support: int = None  # K, support actions per state of Eq. 34 (CEP)
-    n_support_states: int = 0  # dataset states with support actions; 0: all (resample: always)
+    n_support_states: int = 0  # dataset states that get support actions; 0, or resample: all
     energy_hidden: int = 256  # units of a hidden layer of f_phi, App. B.5
     energy_beta: float = 3.0  # beta_E of Eq. 34 (CEP)
     energy_normalize: bool = True  # Q in units of its running mean spread over the K actions
@@ -161,7 +161,7 @@ class TrainConfig:
             raise ValueError("--compile needs a C++ compiler: install g++ or set CXX")
 
 
-PRESETS = {  # Table 4
+PRESETS = {  # Table 4; n_episodes as in iql.py
     "locomotion": dict(
         cql_alpha=10.0, cql_alpha_online=10.0, cql_lagrange=False, cql_target_action_gap=-1.0,
         cql_max_target_backup=False, normalize=True, normalize_reward=False, q_n_hidden_layers=3,
@@ -189,22 +189,21 @@ PANELS = {"d4rl_normalized_score": "normalized score", "q": "mean Q"}  # of curv
 # DARE: CEP (n_support) and Table 7
 PRESETS["locomotion"] |= dict(n_support=16, guidance_scale=3.0)
 PRESETS["antmaze"] |= dict(n_support=32, guidance_scale=3.0)
-GUIDANCE_SCALE = {
-    "walker2d-medium-expert-v2": 5.0,
-    "halfcheetah-medium-expert-v2": 3.0,
-    "hopper-medium-expert-v2": 2.0,
-    "walker2d-medium-replay-v2": 5.0,
-    "halfcheetah-medium-replay-v2": 8.0,
-    "hopper-medium-replay-v2": 3.0,
-    "walker2d-medium-v2": 10.0,
-    "halfcheetah-medium-v2": 10.0,
-    "hopper-medium-v2": 8.0,
-    "antmaze-umaze-v2": 3.0,
-    "antmaze-medium-play-v2": 4.0,
-    "antmaze-umaze-diverse-v2": 1.0,
-    "antmaze-medium-diverse-v2": 3.0,
+PRESETS |= {  # Table 7
+    "walker2d-medium-expert-v2": dict(guidance_scale=5.0),
+    "halfcheetah-medium-expert-v2": dict(guidance_scale=3.0),
+    "hopper-medium-expert-v2": dict(guidance_scale=2.0),
+    "walker2d-medium-replay-v2": dict(guidance_scale=5.0),
+    "halfcheetah-medium-replay-v2": dict(guidance_scale=8.0),
+    "hopper-medium-replay-v2": dict(guidance_scale=3.0),
+    "walker2d-medium-v2": dict(guidance_scale=10.0),
+    "halfcheetah-medium-v2": dict(guidance_scale=10.0),
+    "hopper-medium-v2": dict(guidance_scale=8.0),
+    "antmaze-umaze-v2": dict(guidance_scale=3.0),
+    "antmaze-medium-play-v2": dict(guidance_scale=4.0),
+    "antmaze-umaze-diverse-v2": dict(guidance_scale=1.0),
+    "antmaze-medium-diverse-v2": dict(guidance_scale=3.0),
 }
-PRESETS |= {k: PRESETS.get(k, {}) | dict(guidance_scale=s) for k, s in GUIDANCE_SCALE.items()}
 CHOICES |= {"exchange": ("gaussian", "direct", "random", "none")}
 CHOICES |= {"reference": ("guided", "resample")}
 CHOICES |= {"online_loss": ("td", "none"), "align": ("gaussian_kl", "softmax_kl")}
@@ -223,10 +222,9 @@ class ReplayBuffer:
     """Transitions as rows of one tensor, so that a batch is one look-up."""
 
     def __init__(self, state_dim: int, action_dim: int, buffer_size: int, device: str = "cpu"):
-        a, r, n = state_dim, state_dim + action_dim, 2 * state_dim + action_dim + 1
-        width = n + len(TensorBatch._fields) - 4  # from column n on, a column each
-        self._columns = [slice(a), slice(a, r), r, slice(r + 1, n), *range(n, width)]
-        self._data = torch.zeros(buffer_size, width, device=device)
+        s, a, n = state_dim, action_dim, len(TensorBatch._fields) - 4  # n columns after s'
+        self._columns = [slice(s), slice(s, s + a), s + a, slice(s + a + 1, -n), *range(-n, 0)]
+        self._data = torch.zeros(buffer_size, 2 * s + a + 1 + n, device=device)
         self.size = torch.zeros((), dtype=torch.int64, device=device)
         self._pointer = 0  # size as a Python int
 
@@ -251,7 +249,7 @@ class ReplayBuffer:
 
     def draw(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
         """Indices [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
-        # The size is a tensor, so that a replayed CUDA graph draws rows added after its capture.
+        # randint takes no tensor as its bound, and only a tensor grows in a replayed CUDA graph.
         draws = torch.randint(1 << 62, (batch_size,), device=self._data.device)
         return draws % (self.size if n_rows is None else n_rows)
 
@@ -283,8 +281,7 @@ def eval_actor(envs: gym.vector.VectorEnv, trainer, n_episodes: int, seed: int) 
 
 def return_reward_range(dataset: dict) -> tuple[float, float]:
     """Smallest and largest return of an episode."""
-    rewards = dataset["rewards"].astype(np.float64)
-    returns = np.add.reduceat(rewards, d4rl.episode_starts(dataset))
+    returns = np.add.reduceat(dataset["rewards"].astype(float), d4rl.episode_starts(dataset))
     return float(returns.min()), float(returns.max())
 
 
@@ -587,17 +584,17 @@ def separation_point(offline_scores: torch.Tensor, online_scores: torch.Tensor) 
     The root between the means (there is at most one), otherwise their midpoint.
     """
     x, y = offline_scores.double(), online_scores.double()
-    mean, variance = x.mean(), x.var(correction=0)
-    distance, variance_on = y.mean() - mean, y.var(correction=0)
-    # Eq. 9 in u = separation - mu_offline is a u^2 + 2 h u + c = 0, with roots q / a and c / q.
-    a, h = variance_on - variance, variance * distance
-    c = -variance * (distance**2 + variance_on * torch.log(variance_on / variance))
-    q = -(h + torch.copysign((h**2 - a * c).sqrt(), h))  # without cancellation as a goes to 0
+    mu_off, var_off, var_on = x.mean(), x.var(correction=0), y.var(correction=0)
+    distance = y.mean() - mu_off
+    # Eq. 9 in u = separation - mu_off is a u^2 + 2 h u + c = 0, with roots w / a and c / w.
+    a, h = var_on - var_off, var_off * distance
+    c = -var_off * (distance**2 + var_on * torch.log(var_on / var_off))
+    w = -(h + torch.copysign((h**2 - a * c).sqrt(), h))  # without cancellation as a goes to 0
     u = 0.5 * distance
-    for root in (q / a, c / q):  # of which a NaN or infinite one is not between
+    for root in (w / a, c / w):  # one that is NaN or infinite is not between the means
         between = (root / distance >= 0) & (root / distance <= 1)
         u = torch.where(between, root, u)
-    return (mean + u).to(offline_scores.dtype)
+    return (mu_off + u).to(offline_scores.dtype)
 
 
 def count_misplaced(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -630,8 +627,9 @@ def exchange(
     """
     exchanged, separation = count_misplaced(offline_scores, online_scores)
     exchanged = exchanged.clamp(max=max_exchange)
-    ranks = offline_scores, online_scores
-    x, y = map(torch.rand_like, ranks) if at_random else ranks  # the control: any rows, as many
+    x, y = offline_scores, online_scores
+    if at_random:  # the control: as many rows, whichever
+        x, y = torch.rand_like(x), torch.rand_like(y)
     n_offline, n_pairs = len(x), min(len(x), len(y))
     i = x.argsort(descending=True, stable=True)[:n_pairs]
     j = y.argsort(stable=True)[:n_pairs] + n_offline
@@ -680,7 +678,7 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock", timeout=0)
         self.checkpoint = {"phase": "offline", "rows": {}, "sums": {}, "n_sums": 0, "wandb": None}
-        self.source = digest(__file__)  # to say when a run is resumed with an edited script
+        self.digest = digest(__file__)  # to say when a run is resumed with an edited script
         self.n_steps = 0  # since the last row of train.csv
 
     def start(self):
@@ -756,7 +754,7 @@ class Run:
         cuda_rng = torch.cuda.get_rng_state() if self.config.device == "cuda" else None
         state = {"settings": self.settings, "phase": phase, "step": step, "rows": self.rows}
         state |= {"sums": self.sums, "n_sums": self.n_sums, "wandb": self.wandb.id}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "source": self.source}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "source": self.digest}
         state |= {name: part.state_dict() for name, part in parts.items()}
         save(self.dir / "checkpoint.pt", state)
         self.last_save = time.perf_counter()
@@ -772,7 +770,7 @@ class Run:
             torch.set_rng_state(state["rng"])
             if self.config.device == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"])
-        edited = ", with an edited script" if state.get("source") != self.source else ""
+        edited = ", with an edited script" if state.get("source") != self.digest else ""
         print(f"resuming {self.dir} at {phase} step {state['step']:,}{edited}", flush=True)
         return state["step"]
 
@@ -782,8 +780,8 @@ class Run:
         axes = figure.subplots(len(PANELS), sharex=True)
         for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
             rows = [row for kind in self.rows.values() for row in kind if name in row]
-            points = [(row["step"], row[name]) for row in rows if row["phase"] == "online"]
-            ax.plot(*zip(*points, strict=True) if points else ([], []), marker=".")
+            rows = [row for row in rows if row["phase"] == "online"]
+            ax.plot([row["step"] for row in rows], [row[name] for row in rows], marker=".")
             ax.set_ylabel(label)
         axes[0].set_title(f"{self.config.name}, {self.config.env}, seed {self.config.seed}")
         axes[-1].set_xlabel(f"online environment steps (data: {self.config.data})")
@@ -878,7 +876,7 @@ def train(config: TrainConfig):
                 run.after_step("offline", step + 1, last, parts, evaluate)
             save(run.dir / "offline.pt", dict(trainer=trainer.state_dict(), settings=run.settings))
 
-        # Online: one environment step, then `utd` updates on half offline, half online data.
+        # Online: one environment step and `utd` updates at a time.
         torch.manual_seed(config.seed)  # again: the same online phase after --load_model
         trainer.start_online()
         env.reset(seed=config.seed)
@@ -890,7 +888,7 @@ def train(config: TrainConfig):
             batch = map(torch.cat, zip(offline_batch, online_batch, strict=True))
             return trainer.train(TensorBatch(*batch))
 
-        if config.exchange != "none":  # DARE
+        if config.exchange != "none":  # DARE; online.observations is a view, which fills up
             data, online = offline_buffer.rows(slice(None)), online_buffer.rows(slice(None))
             parts["sampler"] = sampler = EnergyGuidedSampler(
                 config, data.observations, data.actions, online.observations, trainer.q_target,
@@ -921,10 +919,11 @@ def train(config: TrainConfig):
         update = accelerate(online_update if config.exchange == "none" else dare_update, config)
         start, last = run.restore("online", parts), config.online_iterations
         if start is None:
+            start = 0
             evaluate("online", 0)
             run.save("online", 0, parts)
         run.clock = time.perf_counter()  # steps_per_second is of steps alone
-        for step in tqdm(range(start or 0, last), "online", last, initial=start or 0, disable=None):
+        for step in tqdm(range(start, last), "online", last, initial=start, disable=None):
             state = env.last_observation
             action = trainer.act(state[None])[0]
             if config.exchange != "none" and step >= config.initial_collection_steps:  # DARE
@@ -942,8 +941,9 @@ def train(config: TrainConfig):
                 env.reset()
             run.after_step("online", step + 1, last, parts, evaluate)
         scores = [r["d4rl_normalized_score"] for r in run.rows["eval"] if r["phase"] == "online"]
+        after = scores[1:] or scores  # scores[0] is from before fine-tuning
         print(f"score before fine-tuning {scores[0]:.1f}, mean of the last four evaluations "
-              f"{np.mean(scores[1:][-4:] or scores):.1f}\ncurve: {run.dir}/curve.png")  # fmt: skip
+              f"{np.mean(after[-4:]):.1f}\ncurve: {run.dir}/curve.png")  # fmt: skip
 
 
 def main(args: list[str] | None = None):

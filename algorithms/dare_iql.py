@@ -4,7 +4,7 @@ DARE (Dynamic Alignment for RElease) is Algorithm 1 with Eqs. 5 to 10, 15 and 16
 Q-learning: this file is algorithms/iql.py plus what is marked `# DARE`.
 On a CPU add --config_path fast_behavior.yaml, or the behavior model takes days.
 
-IQL is Kostrikov et al. (2021); online, each batch is half offline and half online data, as in PEX.
+IQL is Kostrikov et al. (2021); online, half of each of its batches is offline data, as in PEX.
 Equations and tables are the DARE paper's, names and order CORL's: see algorithms/README.md.
 """
 
@@ -107,9 +107,9 @@ class TrainConfig:
     behavior_lr_decay: bool = False  # warm-up and cosine decay of it (fast_behavior.yaml)
     behavior_width: int = 512  # units of its widest layer (CEP)
     n_support: int = None  # K, support actions per state of Eq. 34 (CEP)
-    n_support_states: int = 0  # dataset states with support actions; 0: all (resample: always)
+    n_support_states: int = 0  # dataset states that get support actions; 0, or resample: all
     energy_hidden: int = 256  # units of a hidden layer of f_phi, App. B.5
-    energy_beta: float = 3.0  # beta of Eq. 34 (CEP); beta_E elsewhere, as beta is Eq. 4's
+    energy_beta: float = 3.0  # beta_E, the beta of Eq. 34 (CEP)
     energy_normalize: bool = True  # Q in units of its running mean spread over the K actions
     energy_iterations: int = 10_000  # updates of f_phi on the offline Q before the first exchange
     energy_batch_size: int = 256  # states of an energy batch, App. B.5
@@ -158,22 +158,21 @@ PANELS = {"d4rl_normalized_score": "normalized score", "q": "mean target Q"}  # 
 # DARE: App. B.1, Table 4 and Cal-QL (n_max_actions), CEP (n_support) and Table 7
 PRESETS["locomotion"] |= dict(sac_alpha=0.2, n_max_actions=1, n_support=16, guidance_scale=3.0)
 PRESETS["antmaze"] |= dict(sac_alpha=0.01, n_max_actions=10, n_support=32, guidance_scale=3.0)
-GUIDANCE_SCALE = {
-    "walker2d-medium-expert-v2": 5.0,
-    "halfcheetah-medium-expert-v2": 3.0,
-    "hopper-medium-expert-v2": 2.0,
-    "walker2d-medium-replay-v2": 5.0,
-    "halfcheetah-medium-replay-v2": 8.0,
-    "hopper-medium-replay-v2": 3.0,
-    "walker2d-medium-v2": 10.0,
-    "halfcheetah-medium-v2": 10.0,
-    "hopper-medium-v2": 8.0,
-    "antmaze-umaze-v2": 3.0,
-    "antmaze-medium-play-v2": 4.0,
-    "antmaze-umaze-diverse-v2": 1.0,
-    "antmaze-medium-diverse-v2": 3.0,
+PRESETS |= {  # Table 7
+    "walker2d-medium-expert-v2": dict(guidance_scale=5.0),
+    "halfcheetah-medium-expert-v2": dict(guidance_scale=3.0),
+    "hopper-medium-expert-v2": dict(guidance_scale=2.0),
+    "walker2d-medium-replay-v2": dict(guidance_scale=5.0),
+    "halfcheetah-medium-replay-v2": dict(guidance_scale=8.0),
+    "hopper-medium-replay-v2": dict(guidance_scale=3.0),
+    "walker2d-medium-v2": dict(guidance_scale=10.0),
+    "halfcheetah-medium-v2": dict(guidance_scale=10.0),
+    "hopper-medium-v2": dict(guidance_scale=8.0),
+    "antmaze-umaze-v2": dict(guidance_scale=3.0),
+    "antmaze-medium-play-v2": dict(guidance_scale=4.0),
+    "antmaze-umaze-diverse-v2": dict(guidance_scale=1.0),
+    "antmaze-medium-diverse-v2": dict(guidance_scale=3.0),
 }
-PRESETS |= {k: PRESETS.get(k, {}) | dict(guidance_scale=s) for k, s in GUIDANCE_SCALE.items()}
 CHOICES |= dict(exchange=("gaussian", "direct", "random", "none"), reference=("guided", "resample"))
 CHOICES |= {"online_loss": ("sac", "expectile", "none"), "align": ("gaussian_kl", "softmax_kl")}
 LOWEST |= dict(n_max_actions=1, n_reference=1, diffusion_steps=1, behavior_batch_size=1)
@@ -192,10 +191,9 @@ class ReplayBuffer:
     """Transitions as rows of one tensor, so that a batch is one look-up."""
 
     def __init__(self, state_dim: int, action_dim: int, buffer_size: int, device: str = "cpu"):
-        a, r, n = state_dim, state_dim + action_dim, 2 * state_dim + action_dim + 1
-        width = n + len(TensorBatch._fields) - 4  # from column n on, a column each
-        self._columns = [slice(a), slice(a, r), r, slice(r + 1, n), *range(n, width)]
-        self._data = torch.zeros(buffer_size, width, device=device)
+        s, a, n = state_dim, action_dim, len(TensorBatch._fields) - 4  # n columns after s'
+        self._columns = [slice(s), slice(s, s + a), s + a, slice(s + a + 1, -n), *range(-n, 0)]
+        self._data = torch.zeros(buffer_size, 2 * s + a + 1 + n, device=device)
         self.size = torch.zeros((), dtype=torch.int64, device=device)
         self._pointer = 0  # size as a Python int
 
@@ -220,7 +218,7 @@ class ReplayBuffer:
 
     def draw(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
         """Indices [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
-        # The size is a tensor, so that a replayed CUDA graph draws rows added after its capture.
+        # randint takes no tensor as its bound, and only a tensor grows in a replayed CUDA graph.
         draws = torch.randint(1 << 62, (batch_size,), device=self._data.device)
         return draws % (self.size if n_rows is None else n_rows)
 
@@ -252,8 +250,7 @@ def eval_actor(envs: gym.vector.VectorEnv, trainer, n_episodes: int, seed: int) 
 
 def return_reward_range(dataset: dict) -> tuple[float, float]:
     """Smallest and largest return of an episode."""
-    rewards = dataset["rewards"].astype(np.float64)
-    returns = np.add.reduceat(rewards, d4rl.episode_starts(dataset))
+    returns = np.add.reduceat(dataset["rewards"].astype(float), d4rl.episode_starts(dataset))
     return float(returns.min()), float(returns.max())
 
 
@@ -385,14 +382,14 @@ class ImplicitQLearning:
 
     def q_loss(self, batch: TensorBatch, next_v: torch.Tensor) -> torch.Tensor:
         """Regression of both Q on r + gamma V(s'), Eq. 3."""
-        targets = batch.rewards + (1.0 - batch.terminals) * self.config.discount * next_v
-        if self.online and self.config.online_loss != "none":  # DARE: Eq. 15
-            n, state = self.config.n_offline, batch.next_observations[self.config.n_offline :]
+        if self.online and self.config.online_loss != "none":  # DARE: Eq. 15, max Q in place of V
+            n = self.config.n_offline
+            next_state = batch.next_observations[n:]
             with torch.no_grad():
-                actions, _ = self.actor.sample(state, self.config.n_max_actions)
-                max_q = self.q_target(state.expand(len(actions), -1, -1), actions).amax(0)
-            online_targets = (1.0 - batch.terminals[n:]) * self.config.discount * max_q
-            targets = torch.cat([targets[:n], batch.rewards[n:] + online_targets])
+                actions, _ = self.actor.sample(next_state, self.config.n_max_actions)
+                max_q = self.q_target(next_state.expand(len(actions), -1, -1), actions).amax(0)
+            next_v = torch.cat([next_v[:n], max_q])
+        targets = batch.rewards + (1.0 - batch.terminals) * self.config.discount * next_v
         q1, q2 = self.qf.both(batch.observations, batch.actions)
         return sum(nn.functional.mse_loss(q, targets) for q in (q1, q2)) / 2
 
@@ -403,7 +400,7 @@ class ImplicitQLearning:
         if self.online and self.config.online_loss == "sac":  # DARE: Eq. 16
             state = batch.observations[self.config.n_offline :]
             actions, log_prob = self.actor.sample(state)
-            frozen = {name: p.detach() for name, p in self.qf.named_parameters()}
+            frozen = {name: p.detach() for name, p in self.qf.named_parameters()}  # as constants
             q = torch.func.functional_call(self.qf, frozen, (state, actions[0]))
             sac_losses = self.config.sac_alpha * log_prob[0] - q
             losses = torch.cat([losses[: self.config.n_offline], sac_losses])
@@ -485,17 +482,17 @@ def separation_point(offline_scores: torch.Tensor, online_scores: torch.Tensor) 
     The root between the means (there is at most one), otherwise their midpoint.
     """
     x, y = offline_scores.double(), online_scores.double()
-    mean, variance = x.mean(), x.var(correction=0)
-    distance, variance_on = y.mean() - mean, y.var(correction=0)
-    # Eq. 9 in u = separation - mu_offline is a u^2 + 2 h u + c = 0, with roots q / a and c / q.
-    a, h = variance_on - variance, variance * distance
-    c = -variance * (distance**2 + variance_on * torch.log(variance_on / variance))
-    q = -(h + torch.copysign((h**2 - a * c).sqrt(), h))  # without cancellation as a goes to 0
+    mu_off, var_off, var_on = x.mean(), x.var(correction=0), y.var(correction=0)
+    distance = y.mean() - mu_off
+    # Eq. 9 in u = separation - mu_off is a u^2 + 2 h u + c = 0, with roots w / a and c / w.
+    a, h = var_on - var_off, var_off * distance
+    c = -var_off * (distance**2 + var_on * torch.log(var_on / var_off))
+    w = -(h + torch.copysign((h**2 - a * c).sqrt(), h))  # without cancellation as a goes to 0
     u = 0.5 * distance
-    for root in (q / a, c / q):  # of which a NaN or infinite one is not between
+    for root in (w / a, c / w):  # one that is NaN or infinite is not between the means
         between = (root / distance >= 0) & (root / distance <= 1)
         u = torch.where(between, root, u)
-    return (mean + u).to(offline_scores.dtype)
+    return (mu_off + u).to(offline_scores.dtype)
 
 
 def count_misplaced(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -528,8 +525,9 @@ def exchange(
     """
     exchanged, separation = count_misplaced(offline_scores, online_scores)
     exchanged = exchanged.clamp(max=max_exchange)
-    ranks = offline_scores, online_scores
-    x, y = map(torch.rand_like, ranks) if at_random else ranks  # the control: any rows, as many
+    x, y = offline_scores, online_scores
+    if at_random:  # the control: as many rows, whichever
+        x, y = torch.rand_like(x), torch.rand_like(y)
     n_offline, n_pairs = len(x), min(len(x), len(y))
     i = x.argsort(descending=True, stable=True)[:n_pairs]
     j = y.argsort(stable=True)[:n_pairs] + n_offline
@@ -578,7 +576,7 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.dir / "lock", timeout=0)
         self.checkpoint = {"phase": "offline", "rows": {}, "sums": {}, "n_sums": 0, "wandb": None}
-        self.source = digest(__file__)  # to say when a run is resumed with an edited script
+        self.digest = digest(__file__)  # to say when a run is resumed with an edited script
         self.n_steps = 0  # since the last row of train.csv
 
     def start(self):
@@ -654,7 +652,7 @@ class Run:
         cuda_rng = torch.cuda.get_rng_state() if self.config.device == "cuda" else None
         state = {"settings": self.settings, "phase": phase, "step": step, "rows": self.rows}
         state |= {"sums": self.sums, "n_sums": self.n_sums, "wandb": self.wandb.id}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "source": self.source}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "source": self.digest}
         state |= {name: part.state_dict() for name, part in parts.items()}
         save(self.dir / "checkpoint.pt", state)
         self.last_save = time.perf_counter()
@@ -670,7 +668,7 @@ class Run:
             torch.set_rng_state(state["rng"])
             if self.config.device == "cuda" and state["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"])
-        edited = ", with an edited script" if state.get("source") != self.source else ""
+        edited = ", with an edited script" if state.get("source") != self.digest else ""
         print(f"resuming {self.dir} at {phase} step {state['step']:,}{edited}", flush=True)
         return state["step"]
 
@@ -680,8 +678,8 @@ class Run:
         axes = figure.subplots(len(PANELS), sharex=True)
         for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
             rows = [row for kind in self.rows.values() for row in kind if name in row]
-            points = [(row["step"], row[name]) for row in rows if row["phase"] == "online"]
-            ax.plot(*zip(*points, strict=True) if points else ([], []), marker=".")
+            rows = [row for row in rows if row["phase"] == "online"]
+            ax.plot([row["step"] for row in rows], [row[name] for row in rows], marker=".")
             ax.set_ylabel(label)
         axes[0].set_title(f"{self.config.name}, {self.config.env}, seed {self.config.seed}")
         axes[-1].set_xlabel(f"online environment steps (data: {self.config.data})")
@@ -773,7 +771,7 @@ def train(config: TrainConfig):
                 run.after_step("offline", step + 1, last, parts, evaluate)
             save(run.dir / "offline.pt", dict(trainer=trainer.state_dict(), settings=run.settings))
 
-        # Online: one environment step, then `utd` updates on half offline, half online data.
+        # Online: one environment step and `utd` updates at a time.
         torch.manual_seed(config.seed)  # again: the same online phase after --load_model
         trainer.start_online()
         env.reset(seed=config.seed)
@@ -785,7 +783,7 @@ def train(config: TrainConfig):
             batch = map(torch.cat, zip(offline_batch, online_batch, strict=True))
             return trainer.train(TensorBatch(*batch))
 
-        if config.exchange != "none":  # DARE
+        if config.exchange != "none":  # DARE; online.observations is a view, which fills up
             data, online = offline_buffer.rows(slice(None)), online_buffer.rows(slice(None))
             parts["sampler"] = sampler = EnergyGuidedSampler(
                 config, data.observations, data.actions, online.observations, trainer.q_target,
@@ -816,10 +814,11 @@ def train(config: TrainConfig):
         update = accelerate(online_update if config.exchange == "none" else dare_update, config)
         start, last = run.restore("online", parts), config.online_iterations
         if start is None:
+            start = 0
             evaluate("online", 0)
             run.save("online", 0, parts)
         run.clock = time.perf_counter()  # steps_per_second is of steps alone
-        for step in tqdm(range(start or 0, last), "online", last, initial=start or 0, disable=None):
+        for step in tqdm(range(start, last), "online", last, initial=start, disable=None):
             state = env.last_observation
             action = trainer.act(state[None])[0]
             if config.exchange != "none" and step >= config.initial_collection_steps:  # DARE
@@ -836,8 +835,9 @@ def train(config: TrainConfig):
                 env.reset()
             run.after_step("online", step + 1, last, parts, evaluate)
         scores = [r["d4rl_normalized_score"] for r in run.rows["eval"] if r["phase"] == "online"]
+        after = scores[1:] or scores  # scores[0] is from before fine-tuning
         print(f"score before fine-tuning {scores[0]:.1f}, mean of the last four evaluations "
-              f"{np.mean(scores[1:][-4:] or scores):.1f}\ncurve: {run.dir}/curve.png")  # fmt: skip
+              f"{np.mean(after[-4:]):.1f}\ncurve: {run.dir}/curve.png")  # fmt: skip
 
 
 def main(args: list[str] | None = None):

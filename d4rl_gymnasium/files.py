@@ -70,8 +70,8 @@ def load(path: Path) -> dict:
         except Exception as error:  # of zipfile, zlib, pickle or torch, by where the damage is
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DamagedFileError(
-                f"{path} is damaged ({reason}): put a copy of it back, or move it away to start "
-                "afresh"
+                f"{path} is damaged ({reason}): put a copy of it back, or move it away and make it "
+                "anew"
             ) from error
 
 
@@ -96,7 +96,7 @@ def contents_of(path: Path):
         reason = " ".join(line.strip() for line in lines)
         raise DamagedFileError(
             f"{path} does not hold what this version reads there ({reason}): put the right one "
-            "there, move it away to start afresh, or mend what reads it if you edited that"
+            "there, move it away and make it anew, or mend what reads it if you edited that"
         ) from error
 
 

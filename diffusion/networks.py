@@ -122,7 +122,9 @@ class EnergyModel(nn.Module):
         return self.layers(self.action_layer(actions_t) + condition).squeeze(-1)
 
     def gradient(self, actions_t: Tensor, embedded_states: Tensor, t: Tensor | float) -> Tensor:
-        """Gradient of `predict` towards actions_t, [..., A]: autograd's, at less overhead."""
+        """Gradient of `predict` in actions_t, [..., A], written out for speed: who edits `predict`
+        must edit this too, or take torch.autograd.grad.
+        """
         condition = embedded_states + self.time_layer(self.time_features(t))
         linears, hidden = list(self.layers)[1::2], [self.action_layer(actions_t) + condition]
         for layer in linears[:-1]:

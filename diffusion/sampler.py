@@ -12,7 +12,7 @@ from torch import Tensor
 from d4rl_gymnasium.files import contents_of, load, locked, save
 from diffusion.networks import BehaviorModel, EnergyModel
 from diffusion.sampling import draw_support_actions, sample_actions
-from diffusion.training import SETTINGS, energy_loss, own_draws, train_behavior
+from diffusion.training import SETTINGS, energy_loss, seeded, train_behavior
 
 SUPPORT_CHUNK = 100  # online states that support actions are drawn for at once, for speed
 BEHAVIOR_FIELDS = ("precision", "behavior_width", *SETTINGS)
@@ -55,7 +55,7 @@ class EnergyGuidedSampler:
     def add_support(self, n_states: int):
         """Draw support actions for the first n_states online states, many at a time."""
         if not self.has_support or n_states - self.n_added < min(SUPPORT_CHUNK, self.n_added):
-            return
+            return  # until there are more; the first ones are drawn sooner, for batches need some
         new, config = slice(self.n_added, n_states), self.config
         with _autocast(config):
             states, sizes = self.online_states[new], (config.n_support, config.diffusion_steps)
@@ -112,6 +112,7 @@ class EnergyGuidedSampler:
         support = torch.cat([self.support[offline_rows], self.online_support[online_rows]])
         logits = config.guidance_scale * self.energies(states, support)
         shape = len(states), config.n_reference, config.n_support
+        # Gumbel-max: draws from softmax(logits) that a CUDA graph can record.
         gumbel = -torch.empty(shape, device=states.device).exponential_().log()
         drawn = (logits[:, None] + gumbel).argmax(-1, keepdim=True)
         return support.take_along_dim(drawn, 1)
@@ -149,7 +150,7 @@ def _autocast(config):
 
 def cached_behavior(config, states: Tensor, actions: Tensor, accelerate) -> BehaviorModel:
     """nu_0 of states [N, S] and actions [N, A], trained or from the cache."""
-    with own_draws(config.behavior_seed):
+    with seeded(config.behavior_seed):
         model = BehaviorModel(states.shape[1], actions.shape[1], config.behavior_width)
     model.to(states.device)
     with _cached("behavior", config, BEHAVIOR_FIELDS, states, actions) as path:
@@ -173,7 +174,7 @@ def cached_support(config, states: Tensor, actions: Tensor, behavior: BehaviorMo
     n = config.n_support_states if config.reference == "guided" else 0  # 0 is all rows
     with _cached(f"support-{n}", config, SUPPORT_FIELDS, states, actions) as path:
         if not path.exists():
-            with own_draws(config.behavior_seed), _autocast(config):
+            with seeded(config.behavior_seed), _autocast(config):
                 rows = torch.randperm(len(states))[:n] if n else torch.arange(len(states))
                 report, steps = progress("support actions", len(rows)), config.diffusion_steps
                 support = draw_support_actions(

@@ -38,10 +38,11 @@ def sample_actions(
 @torch.compiler.nested_compile_region  # compiled once, not once for every step
 def guided_noise(networks, embedded_states, guidance_scale, actions_t, t) -> Tensor:
     """Noise in actions_t by the behavior model and, if `networks` has one, the energy (Eq. 6)."""
-    noise = networks[0].predict(actions_t, embedded_states[0], t)
-    if len(networks) > 1:  # noise = -sigma_t * score: what the score gains is taken off the noise
+    behavior, *guides = networks  # no guide: unguided
+    noise = behavior.predict(actions_t, embedded_states[0], t)
+    for energy in guides:  # noise = -sigma_t * score: what the score gains is taken off the noise
         scale = guidance_scale * alpha_sigma(t)[1]
-        noise = noise - scale * networks[1].gradient(actions_t, embedded_states[1], t)
+        noise = noise - scale * energy.gradient(actions_t, embedded_states[1], t)
     return noise
 
 

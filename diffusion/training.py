@@ -79,11 +79,11 @@ def train_behavior(
     """
     updates, partial = config.behavior_iterations, Path(f"{path}.partial")
     settings = [len(states), *(getattr(config, field) for field in SETTINGS)]
-    data, unseen = _hold_out(states, actions)
+    data, held_out = _hold_out(states, actions)
     lr, loss_sum = torch.zeros((), device=states.device), torch.zeros((), device=states.device)
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True, capturable=True)
     update = accelerate(_update(model, optimizer, loss_sum, *data, config.behavior_batch_size))
-    with own_draws(config.behavior_seed):
+    with seeded(config.behavior_seed):
         start, losses, smallest = 0, {"loss": math.nan, "held_out_loss": math.nan}, math.inf
         if partial.exists():
             start, losses, smallest = _restore(partial, settings, updates, model, optimizer)
@@ -94,7 +94,7 @@ def train_behavior(
             update()
             if step < updates and step % REPORT_EVERY:
                 continue
-            losses = _losses(model, loss_sum / (step - reported), unseen, step)
+            losses = _losses(model, loss_sum / (step - reported), held_out, step)
             smallest, reported = min(smallest, losses["held_out_loss"]), step
             loss_sum.zero_()
             if step == updates or time.monotonic() - saved >= SAVE_SECONDS:
@@ -107,7 +107,8 @@ def train_behavior(
 
 
 def _hold_out(states, actions):  # blocks of the file, for the rows of an episode are alike
-    held = torch.arange(len(states), device=states.device) * 100 // len(states) % 20 == 10
+    percent = torch.arange(len(states), device=states.device) * 100 // len(states)
+    held = percent % 20 == 10  # the 11th, 31st, 51st, 71st and 91st percent of the file
     every = (len(states) - 1) // (20 * HELD_OUT_ROWS) + 1  # some rows of all five blocks
     return (states[~held], actions[~held]), (states[held][::every], actions[held][::every])
 
@@ -130,19 +131,19 @@ def _rate(config, done):
     return config.behavior_lr * min(1, done / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _losses(model, mean_loss, unseen, step):
+def _losses(model, mean_loss, held_out, step):
     # The weights too: the last update may have broken them after a finite loss.
     if not all(torch.isfinite(x).all() for x in (mean_loss, *model.parameters())):
         raise FloatingPointError(
             f"behavior loss is not finite by update {step}: look for extreme values in the "
             "dataset, or lower --behavior_lr"
         )
-    with own_draws(0), torch.no_grad():  # the same times and noise each time
-        return {"loss": mean_loss.item(), "held_out_loss": behavior_loss(model, *unseen).item()}
+    with seeded(0), torch.no_grad():  # the same times and noise each time
+        return {"loss": mean_loss.item(), "held_out_loss": behavior_loss(model, *held_out).item()}
 
 
 @contextmanager
-def own_draws(seed: int):
+def seeded(seed: int):
     """Draw from a seed of one's own, and leave the random state of the caller as it was."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):

@@ -2,7 +2,8 @@
 
 PATH is a runs directory or a folder of committed records (tables.py collect). Every figure whose
 runs are there is written to --output; for every other one a line says what is missing. Curves are
-means over seeds with a 95% bootstrap band, not smoothed; the small print of a figure says how many
+means over seeds, not smoothed, with a band: the seeds' range, or from four seeds on a 95% bootstrap
+interval; the small print of a figure says how many
 seeds, on which data and at which sizes. Beyond the paper: `finetuning`; `differences-iql` and
 `differences-cql`, each method minus DARE seed by seed with t intervals; `sign`, the difference of
 both halves' mean scores; `auc`, the probability that an offline row scores lower than an online
@@ -76,7 +77,10 @@ def series(record: Record, shows: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean_and_band(records: list[Record], shows: str) -> tuple:
-    """Steps [T], mean over seeds [T], and lower and upper end of its 95% interval [2, T].
+    """Steps [T], mean over seeds [T], and lower and upper end of its band [2, T].
+
+    This is the range of fewer than four seeds, whose bootstrap would be little else, and otherwise
+    the mean's 95% interval.
 
     Raises:
         ValueError: the seeds do not have the same steps.
@@ -87,8 +91,10 @@ def mean_and_band(records: list[Record], shows: str) -> tuple:
         raise ValueError(f"the seeds of {records[0].method} on {records[0].env} were logged at "
                          "different steps; --eval_freq and --log_freq must agree")  # fmt: skip
     values = np.stack([y for _, y in runs])
-    bands = [bootstrap([column], mean_of_tasks, 2_000) or column[[0, 0]] for column in values.T]
-    return steps, values.mean(0), np.reshape(bands, (-1, 2)).T
+    if len(values) < 4:
+        return steps, values.mean(0), np.stack([values.min(0), values.max(0)])
+    bands = [bootstrap([column], mean_of_tasks, 2_000) for column in values.T]
+    return steps, values.mean(0), np.transpose(bands)
 
 
 def differences(plan: Experiment, panels: dict) -> dict:
@@ -124,8 +130,11 @@ def caption(plan: Experiment, panels: dict) -> str:
     n_steps = {(task, r.n_steps) for task, runs in panels.items() for x in runs.values() for r in x}
     if len(n_steps) > len(panels) and plan.shows != "differences":
         parts.append("shorter curves are of fewer online steps")
-    interval = "t interval" if plan.shows == "differences" else "bootstrap interval"
-    mean = f"Mean and 95% {interval}; " if max(counts) > 1 else ""
+    band = "95% bootstrap interval" if min(counts) > 3 else "the range of the seeds"
+    if min(counts) < 4 <= max(counts):
+        band += ", from four on a 95% bootstrap interval"
+    band = "95% t interval" if plan.shows == "differences" else band
+    mean = f"Mean and {band}; " if max(counts) > 1 else ""
     return f"{plan.title}. {mean}{'; '.join(parts)}."
 
 

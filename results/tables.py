@@ -189,6 +189,8 @@ def comparison(runs: dict) -> list[Table]:
         row["offline score"] = summary([r.offline_score for r in found], sizes_of(found))
         row["last-four mean"] = summary([r.last_four for r in found], sizes_of(found))
         row["best"] = summary([r.best for r in found], sizes_of(found))
+        last_q = [r.log("q")[1][-1] for r in found if len(r.log("q")[1])]
+        row["mean Q at the end"] = summary(last_q, sizes_of(found), 0)
         for heading, other in AGAINST.items():
             row[heading] = difference(*differences(runs, method, other(method), task))
         rows.append(row)
@@ -198,7 +200,8 @@ def comparison(runs: dict) -> list[Table]:
             pairs = [
                 differences(runs, method, other(method), t) for t in tasks if (method, t) in runs
             ]
-            pairs = [pair for pair in pairs if len(pair[0])]
+            several = [pair for pair in pairs if len(pair[0]) > 1]
+            pairs = several or [pair for pair in pairs if len(pair[0])]
             row[f"tasks ({heading})"] = len(pairs) or None
             row[heading] = over_tasks(pairs)
         if any(row[heading] for heading in AGAINST):
@@ -206,12 +209,13 @@ def comparison(runs: dict) -> list[Table]:
     note = (
         "Mean ± population standard deviation (runs). Baseline: Cal-QL or IQL; differences, with "
         "95% t intervals, are of last-four means, by seed, of runs with the same data and sizes, "
-        "at the smaller number of online steps."
+        "at the smaller number of online steps. Mean Q: of the last log row."
     )
     return [
         Table("Differences over all tasks", totals,
-              ["Mean over the tasks (pairs of runs) of the differences of last-four means; 95% t "
-               "interval, stratified by task. Tasks and their sizes differ between rows."]),
+              ["Mean over the tasks (pairs of runs) of the differences of last-four means; tasks "
+               "with one pair only where none has more. 95% t interval, stratified by task. Tasks "
+               "and their sizes differ between rows."]),
         Table("By task", rows, [note]),
     ]  # fmt: skip
 
@@ -256,15 +260,20 @@ MAIN_QUESTIONS = {
         "dare_iql_resample",
         "dare_iql_no_exchange",
     ),
-    "which rows: by the scores against at random, resampled": (
-        "dare_iql_resample",
+    "any exchange: random rows against no exchange": (
         "dare_iql_resample_random",
+        "dare_iql_no_exchange",
     ),
+    "which rows: DARE-I against random rows": ("dare_iql", "dare_iql_resample_random"),
     "guidance: guided against resampled": ("dare_iql", "dare_iql_resample"),
 }
 # ... and these too on the pages of records.
 QUESTIONS = MAIN_QUESTIONS | {
-    "which rows: by the scores against at random, guided": ("dare_iql", "dare_iql_random"),
+    "which rows: resampled reference against random rows": (
+        "dare_iql_resample",
+        "dare_iql_resample_random",
+    ),
+    "which rows: DARE-I against random rows, as many": ("dare_iql", "dare_iql_random"),
     "unguided, 16 references: against IQL": ("dare_iql_resample_density", "iql"),
     "unguided, 16 references: against DARE-I": ("dare_iql_resample_density", "dare_iql"),
     "unguided, 16 references: against resampled": (
@@ -293,6 +302,7 @@ QUESTIONS = MAIN_QUESTIONS | {
     "DARE-IV against DARE-I, no exchange": ("dare_iv_no_exchange", "dare_iql_no_exchange"),
     # The CQL group
     "DARE-C against Cal-QL": ("dare_cql", "cal_ql"),
+    "DARE-C against Cal-QL with R at the same weight": ("dare_cql", "cal_ql_alpha5"),
     "the release: DARE-C without exchange against Cal-QL": ("dare_cql_no_exchange", "cal_ql"),
     "the exchange: DARE-C against no exchange": ("dare_cql", "dare_cql_no_exchange"),
     "which rows: DARE-C by the scores against at random": ("dare_cql", "dare_cql_random"),
@@ -349,6 +359,44 @@ def over_tasks(pairs: list[tuple]) -> Cell | None:
     return Cell(mean, None, n, t_interval(strata), sizes, signed=True)
 
 
+# The same differences in the paper: its table, method and other, each of a table.
+IN_THE_PAPER = {
+    "DARE-I against IQL": (("table1", "dare_iql"), ("table1", "iql")),
+    "DARE-I against PEX": (("table1", "dare_iql"), ("table1", "pex")),
+    "the release: no exchange against IQL": (
+        ("table11", "dare_iql_no_exchange"),
+        ("table1", "iql"),
+    ),
+    "the exchange: DARE-I against no exchange": (
+        ("table11", "dare_iql"),
+        ("table11", "dare_iql_no_exchange"),
+    ),
+    "DARE-C against Cal-QL": (("table1", "dare_cql"), ("table1", "cal_ql")),
+}
+
+
+def beside_paper(runs: dict) -> Table:
+    """Differences of last-four means, and those of the means in the paper's tables."""
+    tasks, numbers, rows = sorted({task for _, task in runs}), paper_numbers(), []
+    for question, (method, other) in IN_THE_PAPER.items():
+        here = {t: difference(*differences(runs, *QUESTIONS[question], t)) for t in tasks}
+        paper = {
+            task: Cell(
+                numbers[(*method, TASKS[task])].mean - numbers[(*other, TASKS[task])].mean,
+                signed=True,
+            )
+            for task in tasks
+            if (*method, TASKS[task]) in numbers
+        }
+        if any(here.values()):
+            here = {k: cell and replace(cell, sizes="") for k, cell in here.items()}
+            rows += [{"difference": question} | here, {"difference": f"{question}, paper"} | paper]
+    note = "Here: of last-four means (pairs of runs), with 95% t intervals. Paper: of the means in "
+    note += "its Tables 1 and 11, which are of D4RL's data and of longer phases: signs may be "
+    note += "compared, sizes hardly."
+    return Table("Beside the paper's differences", rows, [note])
+
+
 def scores(runs: dict) -> list[Table]:
     """Methods x tasks: last-four means, and the score before fine-tuning.
 
@@ -401,7 +449,8 @@ def cost(runs: dict) -> list[Table]:
     note = (
         "Medians over the online log rows with updates and over the runs; the highest peak. Runs "
         "of a grid leave offline agent, behavior model and support actions to others: these are "
-        "costs of fine-tuning and its evaluations. Compare rows of as many tasks on one hardware."
+        "costs of fine-tuning and its evaluations. Compare rows of as many tasks on one hardware. "
+        "Steps are timed by the clock, beside other programs; processor seconds suffer less."
     )
     return [Table("Cost of fine-tuning", rows, [note])]
 
@@ -437,6 +486,7 @@ OTHERS = {
     "comparison": comparison,
     "questions": questions_in_each_way,
     "pairs": pairs,
+    "paper": lambda runs: [beside_paper(runs)],
     "exchange": exchange,
     "cost": cost,
     "claims": lambda runs: [claims(runs)],
@@ -471,17 +521,15 @@ def made_with(name: str, runs: dict) -> str:
     planned = sum(
         len(part.split()) * len(plan.seeds_of(env)) for part, tasks in plan.parts for env in tasks
     )
-    mine = [r for r in records if r.method in plan.methods and r.env in plan.tasks]
-    made = sum(r.seed in plan.seeds_of(r.env) for r in mine)
-    more = f", and {len(mine) - made} of other seeds" if len(mine) > made else ""
+    made = sum(plan.has(r.method, r.env) and r.seed in plan.seeds_of(r.env) for r in records)
+    more = f", and {len(records) - made} beyond the plan" if len(records) > made else ""
     commits, hardware, torch = (
         ", ".join(sorted({str(r.settings.get(k, "unknown")) for r in records}))
         for k in ("commit", "hardware", "torch")
     )
     return (
-        f"{made} of {planned} runs are made (`python results/grid.py run {name}`){more}: "
-        "reduced sizes on regenerated data, which compare the methods with each other and with no "
-        f"published number. Commit {commits}; {hardware}; torch {torch}.\n"
+        f"{made} of {planned} runs are made (`python results/grid.py run {name}`){more}. "
+        f"Commits {commits}; {hardware}; torch {torch}.\n"
     )
 
 
@@ -498,6 +546,7 @@ def record_page(name: str) -> str:
     tables = [
         *scores(runs),
         *questions_in_each_way(runs),
+        beside_paper(runs),
         *comparison(runs),
         *exchange(runs),
         claims(runs),
@@ -518,12 +567,18 @@ def in_brief(runs: dict) -> Table:
         for task, cell in row.items():
             if isinstance(cell, Cell):
                 sure = cell.interval is not None and min(cell.interval) * max(cell.interval) > 0
-                kept = {} if task == "all" else {"seeds": None, "interval": None}
+                kept = {} if task == "all" else {"interval": None}
                 row[task] = replace(cell, bold=sure, **kept)
-    note = "Differences of last-four means, at the smaller number of online steps; over all tasks "
-    note += "with two pairs of runs or more (pairs) with 95% t intervals. Bold: the interval "
-    note += "excludes 0."
-    return Table("What does what", rows, [note])
+    cells = [cell for row in rows for cell in row.values() if isinstance(cell, Cell)]
+    tests = sum(cell.seeds > 1 for cell in cells)
+    notes = [
+        "Differences of last-four means (pairs of runs), at the smaller number of online steps; of "
+        "25,000 steps these are all evaluations after updates. All: over the tasks with two pairs "
+        "or more, with 95% t intervals, which are over seeds: tasks, data and starts are fixed.",
+        f"Bold: the interval excludes 0. Of {tests} intervals about {0.05 * tests:.0f} would if no "
+        "method differed from another.",
+    ]
+    return Table("What does what", rows, notes)
 
 
 def full_size_block() -> str:

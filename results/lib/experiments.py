@@ -318,15 +318,18 @@ FULL_SIZE = replace(
     title="Fine-tuning with networks of the published size",
     parts=[
         (
-            "iql pex dare_iql_no_exchange dare_iql_resample dare_iql_resample_random"
-            " dare_iql_resample_density dare_iql",
+            "iql dare_iql_no_exchange dare_iql_resample dare_iql_resample_random dare_iql",
             [
                 "halfcheetah-medium-replay-v2",
                 "hopper-medium-v2",
                 "walker2d-medium-replay-v2",
                 "antmaze-umaze-diverse-v2",
             ],
-        )
+        ),
+        (
+            "pex dare_iql_resample_density",
+            ["hopper-medium-v2", "walker2d-medium-replay-v2", "antmaze-umaze-diverse-v2"],
+        ),
     ],
     seeds=(0, 1, 2),
     configs={

@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_is_refused(group, stopped, damage):
     finally:
         file.write_bytes(intact)
     assert message.startswith(f"error: {file} is damaged (")
-    assert message.endswith("): put a copy of it back, or move it away to start afresh")
+    assert message.endswith("): put a copy of it back, or move it away and make it anew")
 
 
 def no_optimizer(state):

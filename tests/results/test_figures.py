@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 from PIL import Image
-from synthetic import MAZE, H, run, write_runs
+from synthetic import MAZE, H, flat, run, write_runs
 
 import figures
 from lib.experiments import METHODS, PICTURES, TASKS
@@ -89,6 +89,22 @@ def test_curves_are_means_over_seeds(name):
     assert {t.get_text() for t in legend.texts} == {METHODS[m].label for m in plan.methods}
     sizes = "40 offline updates, 100 online steps, batches of 256, layers of 256."
     assert f"3 seeds; data regenerated (200,000 transitions), {sizes}" in small_print(figure)
+
+
+def test_the_band_of_few_seeds_is_their_range():
+    levels = [3.0, 7.0, 8.0]
+    _, mean, band = figures.mean_and_band(flat("iql", H, levels), "score")
+    np.testing.assert_allclose(mean, 6.0)
+    np.testing.assert_allclose(band, [[3.0] * 5, [8.0] * 5])
+    plan = figures.PICTURES["fig7"]
+    texts = []
+    for n in (3, 4):
+        records = flat("pex", H, [1.0] * n) + flat("dare_iql", H, [2.0] * 5)
+        texts.append(figures.caption(plan, figures.panels_of(plan, records)))
+    assert (
+        "Mean and the range of the seeds, from four on a 95% bootstrap interval; 3 to 5" in texts[0]
+    )
+    assert "Mean and 95% bootstrap interval; 4 to 5 seeds" in texts[1]
 
 
 def test_the_band_is_the_bootstrap_interval():

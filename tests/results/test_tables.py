@@ -8,7 +8,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 from scipy import stats
-from synthetic import HC, PAPER, SIZES, H, W, exchange_rows, flat, run, write_runs
+from synthetic import HC, MAZE, PAPER, SIZES, H, W, exchange_rows, flat, run, write_runs
 
 import tables
 from lib.experiments import METHODS, PAPER_TABLES, ROOT, TASKS, Experiment, method_of
@@ -277,8 +277,39 @@ def test_in_brief_a_difference_is_bold_if_its_interval_excludes_0():
     text = tables.in_brief(by_seed(records)).markdown()
     (row,) = (line for line in text.splitlines() if line.startswith("| DARE-I against IQL"))
     # Of 5 and 6 the 95% t interval is 5.5 -+ 12.706 x 0.5, of 4.01 and 3.99 it is 4 -+ 0.13.
-    assert row == "| DARE-I against IQL | +5.5 | **+4.0** | **+4.8 (4); +1.6 to +7.9** |"
+    assert row == "| DARE-I against IQL | +5.5 (2) | **+4.0 (2)** | **+4.8 (4); +1.6 to +7.9** |"
     assert "3e-5" not in text
+
+
+def test_differences_stand_beside_the_papers():
+    records = flat("iql", H, [50, 50]) + flat("iql", MAZE, [3, 3])
+    records += flat("dare_iql_no_exchange", H, [52, 54]) + flat(
+        "dare_iql_no_exchange", MAZE, [1, 1]
+    )
+    rows = {row["difference"]: row for row in tables.beside_paper(by_seed(records)).rows}
+    here, paper = (
+        "the release: no exchange against IQL",
+        "the release: no exchange against IQL, paper",
+    )
+    assert list(rows) == [here, paper]
+    assert (rows[here][H].mean, rows[here][MAZE].mean) == (3, -2)
+    # Table 11, n = 0, less IQL of Table 1; Table 11 has no AntMaze.
+    assert rows[paper][H].mean == pytest.approx(91.4 - 77.5) and MAZE not in rows[paper]
+
+
+def test_over_all_tasks_those_with_one_pair_do_not_count_unless_all_have_one():
+    records = flat("iql", H, [1]) + flat("dare_iql", H, [100])
+    assert tables.comparison(by_seed(records))[0].rows[0]["minus baseline"].mean == 99
+    records += flat("iql", W, [1, 1]) + flat("dare_iql", W, [3, 5])
+    row = tables.comparison(by_seed(records))[0].rows[0]
+    assert (row["minus baseline"].mean, row["tasks (minus baseline)"]) == (3, 1)
+
+
+def test_mean_q_is_that_of_the_last_log_row():
+    train = [{"phase": "online", "step": step, "q": q} for step, q in ((100, 7.0), (200, 40.0))]
+    records = [run("iql", H, seed, [1, 1], train) for seed in (0, 1)]
+    (row,) = tables.comparison(by_seed(records))[1].rows
+    assert row["mean Q at the end"].text() == "40 ± 0 (2)"
 
 
 def test_questions_compare_methods_of_one_group_that_there_are():
@@ -291,7 +322,7 @@ def test_planned_runs_are_counted_by_the_seeds_of_their_task(monkeypatch):
     monkeypatch.setitem(tables.EXPERIMENTS, "mine", plan)
     records = [run("iql", task, seed, [0, 0]) for task in (H, W) for seed in (0, 4)]
     assert tables.made_with("mine", by_seed(records)).startswith(
-        "2 of 5 runs are made (`python results/grid.py run mine`), and 2 of other seeds: "
+        "2 of 5 runs are made (`python results/grid.py run mine`), and 2 beyond the plan. "
     )
 
 
@@ -400,7 +431,7 @@ def test_latex_is_escaped_and_its_columns_balance(program):
     assert out.count("{") == out.count("}") and out.count("$") % 2 == 0
     found = re.findall(r"\\begin{tabular}{(l+)}(.*?)\\end{tabular}", out, re.DOTALL)
     assert out.count(r"\begin{table}") == out.count(r"\end{table}") == len(found)
-    assert len(found) == 7 + 5 + 9
+    assert len(found) == 7 + 5 + 10
     for columns, body in found:
         rows = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert {len(re.split(r"(?<!\\)&", row)) for row in rows} == {len(columns)}
@@ -420,7 +451,8 @@ def test_tables_of_a_runs_directory_are_those_of_its_records(tmp_path, monkeypat
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
     assert (
-        f"| {H} | DARE-I | 5.5 ± 0.5 (2) | 5.5 ± 0.5 (2) | 5.5 ± 0.5 (2) | +3.9 (2); " in printed[0]
+        f"| {H} | DARE-I | 5.5 ± 0.5 (2) | 5.5 ± 0.5 (2) | 5.5 ± 0.5 (2) |  | +3.9 (2); "
+        in printed[0]
     )
 
 
@@ -472,14 +504,14 @@ def test_a_changed_number_is_found(tmp_path, monkeypatch):
 def test_the_block_of_the_readme_is_two_small_tables():
     block = tables.full_size_block()
     assert block.count("\n### ") == 2
-    assert len(block.splitlines()) < 35
+    assert len(block.splitlines()) < 37
 
 
 def test_runs_of_other_seeds_are_counted_beside_the_planned_ones():
     task = tables.EXPERIMENTS["finetuning_replay"].tasks[0]
     runs = by_seed([run("iql", task, seed, [1.0] * 5) for seed in (0, 2)])
     assert tables.made_with("finetuning_replay", runs).startswith("2 of ")
-    assert "and" not in tables.made_with("finetuning_replay", runs).split(":")[0]
+    assert "and" not in tables.made_with("finetuning_replay", runs).split(".")[0]
     runs = by_seed([run("iql", task, seed, [1.0] * 5) for seed in (0, 2, 7)])
     text = tables.made_with("finetuning_replay", runs)
-    assert re.match(r"2 of \d+ runs are made \(.*\), and 1 of other seeds: ", text)
+    assert re.match(r"2 of \d+ runs are made \(.*\), and 1 beyond the plan. ", text)
