@@ -97,6 +97,11 @@ def mean_and_band(records: list[Record], shows: str) -> tuple:
     return steps, values.mean(0), np.transpose(bands)
 
 
+def first_update(runs: dict) -> int:
+    """Online step of the first update in a panel."""
+    return min(int(r.settings.get("initial_collection_steps", 0)) for x in runs.values() for r in x)
+
+
 def differences(plan: Experiment, panels: dict) -> dict:
     """Last-four means less those of the plan's last method, [pairs], by method and task."""
     *others, dare = plan.methods
@@ -135,6 +140,8 @@ def caption(plan: Experiment, panels: dict) -> str:
         band += ", from four on a 95% bootstrap interval"
     band = "95% t interval" if plan.shows == "differences" else band
     mean = f"Mean and {band}; " if max(counts) > 1 else ""
+    if plan.shows != "differences" and any(map(first_update, panels.values())):
+        mean += "updates begin at the dotted line; "
     return f"{plan.title}. {mean}{'; '.join(parts)}."
 
 
@@ -174,6 +181,8 @@ def draw_curves(plan: Experiment, panels: dict) -> Figure:
             label, color = METHODS[method].label, METHODS[method].color
             ax.fill_between(steps, *band, color=color, alpha=0.15, lw=0)
             (lines[label],) = ax.plot(steps, mean, color=color, label=label)
+        if start := first_update(runs):
+            ax.axvline(start, color="0.4", lw=0.6, ls=":", zorder=1)
         if plan.shows in ("sign", "auc"):
             ax.axhline(0 if plan.shows == "sign" else 0.5, color="0.4", lw=0.6, zorder=1)
         elif plan.shows == "exchanged":

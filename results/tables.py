@@ -596,25 +596,19 @@ def score_readings_block() -> str:
     found = [x for x in read_rows(RECORDS / "readings" / "scores.csv") if x["name"] == SCORED]
     found.sort(key=lambda x: (x["align"], x["n_reference"], x["guidance_scale"]))
     published = {x["env"]: x["guidance_scale"] for x in found}  # the last, so the largest
-    tables = []
-    for measure, title in (
-        ("auc", "online rows"),
-        ("auc_newest", "the newest fifth of the online rows"),
-    ):
-        cells = defaultdict(lambda: defaultdict(list))
-        for row in found:
-            n, s, env = row["n_reference"], row["guidance_scale"], row["env"]
-            names = {0: ["0: the behavior"], 1: ["1"]}.get(s, [])
-            names = names if row["align"] == "gaussian_kl" else []
-            for scale in names + ["Table 7's"] * (s == published[env]):
-                how = {"s": scale, "reference actions": f"{n:.0f}", "--align": row["align"]}
-                cells[tuple(how.items())][env].append(row[measure])
-        rows = [
-            dict(how) | {env: summary(by_env.get(env, []), "", 2) for env in sorted(published)}
-            for how, by_env in cells.items()
-        ]
-        tables.append(Table(f"AUC, offline rows against {title}", rows))
-    return "\n".join(table.markdown() for table in tables)
+    cells = defaultdict(lambda: defaultdict(list))
+    for row in found:
+        n, s, env = row["n_reference"], row["guidance_scale"], row["env"]
+        names = {0: ["0: the behavior"], 1: ["1"]}.get(s, [])
+        names = names if row["align"] == "gaussian_kl" else []
+        for scale in names + ["Table 7's"] * (s == published[env]):
+            how = {"s": scale, "reference actions": f"{n:.0f}", "--align": row["align"]}
+            cells[tuple(how.items())][env].append(row["auc"])
+    rows = [
+        dict(how) | {env: summary(by_env.get(env, []), "", 2) for env in sorted(published)}
+        for how, by_env in cells.items()
+    ]
+    return Table("AUC, offline rows against online rows", rows).markdown()
 
 
 def deviation_block() -> str:
@@ -684,6 +678,10 @@ def show(args) -> list[Table]:
         if args.until < 0:
             raise ValueError("--until is an online step: 0 or more")
         records = [record.until(args.until) for record in records]
+    if args.tasks:
+        records = [r for r in records if any(part in r.env for part in args.tasks.split(","))]
+    if args.seeds:
+        records = [r for r in records if str(r.seed) in args.seeds.split(",")]
     runs = by_seed(records)
     for name in names:
         paper = name in PAPER_TABLES
@@ -704,6 +702,8 @@ def main():
     action.add_argument("--table", default="scores,comparison,exchange,claims,cost",
                         help="names, with commas between")  # fmt: skip
     action.add_argument("--until", type=int, metavar="STEP", help="cut all runs at this step")
+    action.add_argument("--tasks", help="only of these parts of task names, commas between")
+    action.add_argument("--seeds", help="only of these seeds, commas between")
     action.add_argument("--format", choices=["markdown", "latex"], default="markdown")
     action.add_argument("--paper", action="store_true", help="the paper's numbers beside")
     action = actions.add_parser("collect", help="write the records of finished runs")

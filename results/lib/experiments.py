@@ -320,10 +320,10 @@ FULL_SIZE = replace(
         (
             "iql dare_iql_no_exchange dare_iql_resample dare_iql_resample_random dare_iql",
             [
+                "antmaze-umaze-diverse-v2",
                 "halfcheetah-medium-replay-v2",
                 "hopper-medium-v2",
                 "walker2d-medium-replay-v2",
-                "antmaze-umaze-diverse-v2",
             ],
         ),
         (
@@ -403,7 +403,7 @@ EXPERIMENTS["readings"] = READINGS
 EXPERIMENTS["regenerated"] = REGENERATED
 PICTURES["full_size"] = replace(
     FULL_SIZE,
-    parts=[("iql pex dare_iql_no_exchange dare_iql_resample dare_iql", FULL_SIZE.tasks)],
+    parts=[("iql pex dare_iql_no_exchange dare_iql_resample_random dare_iql", FULL_SIZE.tasks)],
 )
 PICTURES["finetuning_cql"] = replace(FINETUNING_CQL, parts=FINETUNING_CQL.parts[:1])
 PICTURES["finetuning_replay"] = replace(FINETUNING_REPLAY, parts=FINETUNING_REPLAY.parts[:1])

@@ -91,6 +91,17 @@ def test_curves_are_means_over_seeds(name):
     assert f"3 seeds; data regenerated (200,000 transitions), {sizes}" in small_print(figure)
 
 
+def test_a_dotted_line_says_where_updates_begin():
+    records = [record(m, H, 0, initial_collection_steps=n) for m, n in (("iql", 30), ("pex", 20))]
+    plan = PICTURES["fig7"]
+    text = figures.caption(plan, figures.panels_of(plan, records))
+    assert "updates begin at the dotted line" in text
+    (ax, *_) = figures.draw_curves(plan, figures.panels_of(plan, records)).axes
+    assert [x.get_xdata()[0] for x in ax.lines if x.get_linestyle() == ":"] == [20]
+    none = figures.panels_of(plan, [record(m, H, 0) for m in ("iql", "pex")])
+    assert "dotted" not in figures.caption(plan, none)
+
+
 def test_the_band_of_few_seeds_is_their_range():
     levels = [3.0, 7.0, 8.0]
     _, mean, band = figures.mean_and_band(flat("iql", H, levels), "score")

@@ -441,6 +441,15 @@ def test_latex_is_escaped_and_its_columns_balance(program):
     assert Table("t", [{"a|b": "c|d"}]).markdown().splitlines()[-1] == r"| c\|d |"
 
 
+def test_only_the_runs_of_some_tasks_and_seeds_are_shown(program):
+    records = flat("iql", H, [1, 2, 9]) + flat("iql", W, [3, 4, 9]) + flat("iql", MAZE, [5])
+    records += flat("dare_iql", H, [2, 4, 9]) + flat("dare_iql", W, [4, 6, 9])
+    out = program(records, "--table", "scores", "--tasks", "hopper,walk", "--seeds", "0,1")
+    assert "| IQL | 1.5 ± 0.5 | 3.5 ± 0.5 |" in out and "antmaze" not in out
+    with pytest.raises(SystemExit, match="have nothing for scores"):
+        program(records, "--table", "scores", "--tasks", "cheetah")
+
+
 def test_tables_of_a_runs_directory_are_those_of_its_records(tmp_path, monkeypatch, capsys):
     runs = write_runs(everything(), tmp_path / "runs")
     write_records(runs, tmp_path / "records")
