@@ -405,6 +405,11 @@ PICTURES["full_size"] = replace(
     FULL_SIZE,
     parts=[("iql pex dare_iql_no_exchange dare_iql_resample_random dare_iql", FULL_SIZE.tasks)],
 )
-PICTURES["finetuning_cql"] = replace(FINETUNING_CQL, parts=FINETUNING_CQL.parts[:1])
+PICTURES["finetuning_cql"] = replace(
+    FINETUNING_CQL,
+    parts=[
+        ("cal_ql cal_ql_alpha5 dare_cql_no_exchange dare_cql_random dare_cql", FINETUNING_CQL.tasks)
+    ],
+)
 PICTURES["finetuning_replay"] = replace(FINETUNING_REPLAY, parts=FINETUNING_REPLAY.parts[:1])
 PICTURES["finetuning"] = replace(FINETUNING, parts=FINETUNING.parts[:1])
