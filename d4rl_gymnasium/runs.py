@@ -138,7 +138,7 @@ def _presets(config_class):
 
 
 def _check_presets(config_class):
-    """Refuse presets that would do nothing, as of a setting that was edited in a copy."""
+    """Refuse presets that would do nothing or are lacking, as after an edit of a copy."""
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     for name in [name for values in _presets(config_class).values() for name in values]:
         if name not in defaults:
@@ -147,6 +147,13 @@ def _check_presets(config_class):
             raise ValueError(
                 f"PRESETS give {name}, but TrainConfig has {defaults[name]} for all tasks: write "
                 "None there, and the value in PRESETS"
+            )
+    families = {k: v for k, v in _presets(config_class).items() if not k.endswith("-v2")}
+    for name in [name for name, default in defaults.items() if default is None]:
+        if lacking := [family for family, values in families.items() if name not in values]:
+            raise ValueError(
+                f"TrainConfig has None for {name}: write a value for {' and '.join(lacking)} in "
+                "PRESETS, or one for all tasks in place of None"
             )
 
 

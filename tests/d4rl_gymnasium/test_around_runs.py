@@ -113,6 +113,24 @@ def test_presets_that_would_do_nothing_are_refused(monkeypatch, presets, reason)
     assert stop.value.code.startswith(f"error: {reason}")
 
 
+@dataclass
+class ByTask:
+    """A setting that PRESETS fill in."""
+
+    rate: float = None  # of learning
+
+
+def test_a_setting_of_none_needs_a_preset_of_each_family(monkeypatch):
+    presets = {"a": {}, "b": {"rate": 1.0}, "c": {}, "task-v2": {}}
+    monkeypatch.setattr(sys.modules[__name__], "PRESETS", presets, raising=False)
+    with pytest.raises(SystemExit, match="^error: TrainConfig has None for rate: write a value for "
+                                         "a and c in PRESETS"):  # fmt: skip
+        parse(ByTask, [])
+    for name in "ac":
+        presets[name]["rate"] = 2.0
+    assert parse(ByTask, []) == ByTask()
+
+
 def test_help_has_the_comment_of_a_setting_below_a_banner(capsys):
     with pytest.raises(SystemExit):
         parse(Settings, ["--help"])
