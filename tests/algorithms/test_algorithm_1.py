@@ -124,3 +124,16 @@ def test_resampling_draws_online_rows_with_support_actions_alone(passes, referen
     result = passes(reference=reference, batch_size=256)
     drawn = result.found[-1]["j"]
     assert drawn.min() == 0 and drawn.max() == n_rows - 1
+
+
+def test_a_random_exchange_moves_as_many_rows_and_not_those_by_the_scores(passes):
+    result = passes(exchange="random")
+    for here in result.found:
+        actions = torch.cat([x.actions for x in here["halves"]])
+        scores = result.script.alignment_score(actions, here["references"]).split(16)
+        *by_scores, exchanged, _ = result.script.exchange(*here["halves"], *scores)
+        assert exchanged > 1
+        expected = torch.cat([x.actions for x in by_scores])
+        assert not torch.equal(here["batch"].actions, expected)
+        changed = (here["batch"].actions != actions).any(1)
+        assert changed[:16].sum() == changed[16:].sum() == exchanged

@@ -341,6 +341,12 @@ def test_lagrange_multiplier_rises_above_the_gap_and_falls_below(gap, rises):
     assert plain.factors["log_alpha_prime"].item() == 0
 
 
+def test_the_lagrange_multiplier_is_bounded():
+    agent = agent_of(config_of(cql_lagrange=True, cql_target_action_gap=0.8))
+    agent.factors["log_alpha_prime"].data.fill_(50.0)
+    assert agent.train(batch_of(B))["alpha_prime"] == 1e6  # CORL
+
+
 def test_online_weight_of_the_regularizer_is_its_own():
     config = config_of(cql_alpha=10.0, cql_alpha_online=2.5, calibrated=False)
     found = [terms(agent_of(config, online=online), batch_of(B))[1] for online in (False, True)]

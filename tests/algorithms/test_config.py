@@ -12,7 +12,9 @@ import torch
 import yaml
 from tiny_runs import GROUPS, SETTINGS
 
+import cal_ql
 import d4rl_gymnasium as d4rl
+import dare_cql
 import dare_iql
 import iql
 import pex
@@ -87,6 +89,53 @@ CHOSEN = {
     "eval_freq": 10_000,
     "checkpoint_freq": 10_000,
 }
+# Table 4 and, where it is silent (cql_temp, clip, policy's layers, number of actions), CORL.
+TABLE_4 = {
+    "discount": 0.99,
+    "batch_size": 256,
+    "policy_lr": 1e-4,
+    "qf_lr": 3e-4,
+    "soft_target_update_rate": 0.005,
+    "hidden_dim": 256,
+    "policy_n_hidden_layers": 3,
+    "cql_n_actions": 10,
+    "cql_temp": 1.0,
+    "cql_clip_diff_min": -200.0,
+    "calibrated": True,
+    "calibrated_online": False,  # Sec. 3.2
+    "mixing_ratio": 0.5,
+}
+TABLE_4_BY_FAMILY = {
+    "locomotion": {
+        "cql_alpha": 10.0,
+        "cql_alpha_online": 10.0,
+        "cql_lagrange": False,
+        "cql_target_action_gap": -1.0,
+        "cql_max_target_backup": False,
+        "q_n_hidden_layers": 3,
+        "normalize": True,
+        "normalize_reward": False,
+        "reward_scale": 1.0,
+        "reward_bias": 0.0,
+        "is_sparse_reward": False,
+        "n_episodes": 10,
+    },
+    "antmaze": {
+        "cql_alpha": 5.0,
+        "cql_alpha_online": 5.0,
+        "cql_lagrange": True,
+        "cql_target_action_gap": 0.8,
+        "cql_max_target_backup": True,
+        "q_n_hidden_layers": 5,
+        "normalize": False,
+        "normalize_reward": True,
+        "reward_scale": 10.0,
+        "reward_bias": -5.0,
+        "is_sparse_reward": True,
+        "n_episodes": 100,
+    },
+}
+OF_DARE_C = {"max_exchange": 32, "online_loss": "td"}  # App. B.1, Eq. 14
 
 
 def settings(script, **changed):
@@ -104,6 +153,19 @@ def test_settings_are_those_of_the_tables(env, guidance_scale):
     expected = TABLE_5 | TEXT | CHOSEN | BY_FAMILY[family] | {"guidance_scale": guidance_scale}
     assert {k: found[k] for k in expected} == expected
     assert found["env"] == env
+
+
+@pytest.mark.parametrize(
+    "env, guidance_scale", list(zip(ENVS_OF_THE_PAPER, GUIDANCE_SCALES, strict=True))
+)
+def test_settings_of_the_cql_group_are_those_of_the_tables(env, guidance_scale):
+    family = "antmaze" if env.startswith("antmaze") else "locomotion"
+    expected, found = TABLE_4 | TABLE_4_BY_FAMILY[family], settings(cal_ql, env=env)
+    assert {k: found[k] for k in expected} == expected
+    found = settings(dare_cql, env=env)
+    expected |= {k: x for k, x in (CHOSEN | TEXT).items() if k in found} | OF_DARE_C
+    expected |= {"n_support": BY_FAMILY[family]["n_support"], "guidance_scale": guidance_scale}
+    assert {k: found[k] for k in expected} == expected
 
 
 @pytest.mark.parametrize("env", ENVS_OF_THE_PAPER)

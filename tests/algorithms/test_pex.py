@@ -105,6 +105,34 @@ def test_evaluation_is_greedy_but_for_epsilon(epsilon):
     assert mean_share == pytest.approx(is_new * (1 - epsilon), abs=0.015)
 
 
+def test_acting_draws_and_evaluating_is_greedy_but_for_a_tenth(monkeypatch):
+    agent, asked = agent_of(), []
+
+    def compose(state, epsilon=1.0):
+        asked.append(epsilon)
+        return state[:, :A]
+
+    monkeypatch.setattr(agent, "compose", compose)
+    for deterministic in (True, False):
+        agent.act(states_of(2).numpy(), deterministic)
+    assert asked == [0.1, 1.0]
+
+
+def test_the_deviation_of_the_policy_has_a_bound_of_its_own():
+    agent = agent_of()
+    agent.actor.log_std.data.fill_(-9.0)
+    assert (agent.actor(states_of(1))[1] == -5.0).all()
+
+
+def test_q_and_not_the_target_q_chooses(monkeypatch):
+    """Which disagree here."""
+    agent, state = agent_of(), states_of(1)
+    monkeypatch.setattr(agent, "q_target", lambda state, action: -agent.qf(state, action))
+    offline, new = candidates(agent, state)
+    better = new if agent.qf(state, new) > agent.qf(state, offline) else offline
+    assert close(agent.compose(state.expand(500, -1), epsilon=0.0), better).all()
+
+
 def recorded(file, prefix):
     return {k[len(prefix) :]: torch.from_numpy(v) for k, v in file.items() if k.startswith(prefix)}
 
