@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +37,50 @@ def test_returns_end_where_an_episode_does(monkeypatch):
     unknown = np.nan
     expected = [1 + 2 / 2, 2, unknown, unknown, 5 + 6 / 2 + 7 / 4 + 8 / 8, 6 + 7 / 2 + 8 / 4]
     np.testing.assert_allclose(found, [*expected, unknown, unknown])
+
+
+@pytest.mark.parametrize(
+    "rule, exchanged", [({}, 0.4), ({"max_exchange": 4}, 0.25), ({"exchange": "random"}, 0.4)]
+)
+def test_returns_and_q_are_those_of_the_rows_that_move_and_stay(monkeypatch, rule, exchanged):
+    """Bad rows, of reward -1, lie at action 3, good ones at 0; the reference is 0."""
+    n, n_bad = 200, {"offline": 80, "online": 120}
+
+    def half(n_bad):
+        bad = torch.arange(n) < n_bad
+        reward = torch.where(bad, -1.0, 1.0)
+        found = transitions(range(n), range(n), reward.tolist(), [1] * n)
+        return found._replace(actions=torch.where(bad, 3.0, 0.0)[:, None])
+
+    def in_order(high, size):
+        return torch.arange(*size)
+
+    settings = {"exchange": "gaussian", "max_exchange": 1000, "n_offline": 16, "seed": 0}
+    settings |= {"reference": "guided", "env": "x", "discount": 0.9, "precision": "fp32"}
+    config = SimpleNamespace(**settings | {"align": "gaussian_kl"} | rule)
+    sampler = SimpleNamespace(sample=lambda states, i, j: torch.zeros(len(states), 1, 1))
+    trainer = SimpleNamespace(q_target=lambda states, actions: 10 * actions[:, 0])
+    run = dare_iql, config, 7, trainer, sampler, *map(half, n_bad.values())
+    monkeypatch.setattr(exchange, "restored", lambda folder: run)
+    monkeypatch.setattr(exchange, "N_ROWS", n)
+    monkeypatch.setattr(torch, "randint", in_order)  # each row once
+    found = exchange.rows_of(Path("runs/name/env/seed_0"))
+    groups = {row["group"]: row for row in found if "group" in row}
+    assert found[0]["exchanged"] == pytest.approx(exchanged)
+    m = round(exchanged * n)
+    assert {k: row["n"] for k, row in groups.items()} == {
+        "offline, kept": n - m,
+        "offline, moved": m,
+        "online, kept": n - m,
+        "online, moved": m,
+    }
+    means = {k: (row["return"], row["q"]) for k, row in groups.items()}
+    if config.exchange == "random":
+        assert -1 < means["offline, moved"][0] < 1
+        return
+    assert means["offline, moved"] == (-1, 30) and means["online, moved"] == (1, 0)
+    bad = (n_bad["offline"] - m) / (n - m)
+    assert means["offline, kept"] == pytest.approx((1 - 2 * bad, 30 * bad))
 
 
 def test_auc_is_the_share_of_pairs_and_ties_count_half():
