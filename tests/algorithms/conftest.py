@@ -3,17 +3,7 @@
 import shutil
 
 import pytest
-import torch
 from tiny_runs import GROUPS, run
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Tiny networks are fastest on one thread, and sums are those of the child processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", params=GROUPS, ids=lambda group: group.baseline.__name__)

@@ -390,9 +390,9 @@ def test_a_script_trains_on_a_data_set_of_minari_unchanged(minari, monkeypatch, 
         --checkpoint_freq 20""".split()
         + ["--runs_dir", str(tmp_path / "runs")]
     )
-    assert "data: minari:v5/hopper-v0" in capsys.readouterr().out
+    assert "data: Minari's v5/hopper-v0, " in capsys.readouterr().out
     rows = (tmp_path / "runs" / "iql" / HOPPER / "seed_0" / "eval.csv").read_text().splitlines()
     header = rows[0].split(",")
     last = dict(zip(header, rows[-1].split(","), strict=True))
     # By the data set's own reference scores, 0 and 1.
-    assert float(last["normalized_score"]) == pytest.approx(100 * float(last["return_mean"]))
+    assert float(last["d4rl_normalized_score"]) == pytest.approx(100 * float(last["return_mean"]))

@@ -115,6 +115,16 @@ def test_behavior_model_matches_a_conditional_distribution_of_two_modes(tmp_path
         assert energy_distance_ratio(x, mixture.spread_sample(2**13), size=250) < 2
 
 
+def test_sizes_are_those_of_the_source():
+    """App. B.5: four hidden layers as in CEP; times of Chen et al. (2022)."""
+    energy = EnergyModel(11, 3)
+    linears = [layer for layer in energy.layers if isinstance(layer, torch.nn.Linear)]
+    assert [m.out_features for m in (energy.state_layer, *linears)] == [256] * 4 + [1]
+    torch.manual_seed(0)
+    scales = torch.cat([BehaviorModel(11, 3).time_features.frequencies for _ in range(50)])
+    assert scales.std().item() == pytest.approx(30, rel=0.1)
+
+
 def test_losses_of_networks_that_know_nothing():
     torch.manual_seed(0)
     states, actions = torch.randn(4096, 3), torch.rand(4096, 2)

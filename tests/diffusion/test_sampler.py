@@ -164,11 +164,11 @@ def test_cached_support_actions_belong_to_their_states(tmp_path, data, monkeypat
         expected = marked_support(None, sampler.states, 4, None)
         assert torch.equal(sampler.support, expected)
     assert torch.equal(found[0].states, found[1].states)
-    # Distinct rows of the data; all of them in their order.
+    # Distinct rows of the data.
     rows = (found[0].states[:, None] == data[0]).all(-1)
     assert (rows.sum(1) == 1).all() and (rows.sum(0) <= 1).all()
-    if n_states == 0:
-        assert torch.equal(found[0].states, data[0])
+    # All of them in their order; of some a random choice.
+    assert torch.equal(found[0].states, data[0][: len(rows)]) == (n_states == 0)
 
 
 def test_resampling_has_support_actions_of_all_states(tmp_path, data):
@@ -193,6 +193,12 @@ def test_the_behavior_seed_decides_the_model_and_its_draws(tmp_path, data):
         torch.manual_seed(k)
         found.append(sampler_of(tmp_path / str(k), data, behavior_seed=seed).support)
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_the_behavior_seed_decides_the_initial_weights(tmp_path, data):
+    settings = ({"behavior_seed": k, "behavior_iterations": 0} for k in (0, 1))
+    a, b = (cached_behavior(config_of(tmp_path, **x), *data, same) for x in settings)
+    assert not torch.equal(a.output.weight, b.output.weight)
 
 
 def test_a_second_process_says_for_what_it_waits_and_stops_at_ctrl_c(tmp_path, data, capsys):

@@ -5,7 +5,7 @@ import pytest
 from synthetic import HC, H, W, exchange_rows, flat, run
 
 from lib.claims import CLAIMS, claims
-from lib.experiments import METHODS
+from lib.experiments import LOCOMOTION, METHODS
 from lib.records import by_seed
 
 
@@ -90,3 +90,5 @@ def test_claims_about_100_000_steps_need_runs_of_that_length():
 def test_claims_name_known_methods():
     assert {m for c in CLAIMS for m in (c.method, *c.others)} <= set(METHODS)
     assert len({c.text for c in CLAIMS}) == len(CLAIMS)
+    of_locomotion = [c.tasks for c in CLAIMS if c.section in ("App. D", "App. F", "App. G")]
+    assert set(of_locomotion) == {tuple(LOCOMOTION)}

@@ -1,5 +1,6 @@
 """results/exchange.py, scores.py, deviation.py: returns and AUC by hand, a small run end to end."""
 
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,9 @@ import torch
 import dare_iql
 import deviation
 import exchange
+import reference
 import scores
-from d4rl_gymnasium.files import load
+from d4rl_gymnasium.files import load, save
 from lib.records import read_rows
 
 DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
@@ -83,6 +85,55 @@ def test_returns_and_q_are_those_of_the_rows_that_move_and_stay(monkeypatch, rul
     assert means["offline, kept"] == pytest.approx((1 - 2 * bad, 30 * bad))
 
 
+def test_the_newest_fifth_of_the_online_rows_is_told_apart_by_itself(monkeypatch):
+    """It alone lies far from the reference, at a score of 4.5."""
+    n = 100
+    rows = transitions(range(n), range(n), [0] * n, [1] * n)
+    offline = rows._replace(actions=torch.where(torch.arange(n) % 2 == 1, 1.0, 0.1)[:, None])
+    online = rows._replace(actions=torch.where(torch.arange(n) < 80, 0.5, 3.0)[:, None])
+    sampler = SimpleNamespace(
+        sample=lambda states, i, j: torch.zeros(len(states), 1, 1),
+        **{"n_online": torch.tensor(n), "q_spread": torch.ones(()), "n_spreads": torch.zeros(())},
+    )
+    config = dare_iql.TrainConfig(env="hopper-medium-v2", device="cpu")
+    run = dare_iql, config, 60, None, sampler, offline, online
+    monkeypatch.setattr(scores, "restored", lambda folder: run)
+    monkeypatch.setattr(scores, "N_ROWS", 2_000)
+    first, *_ = scores.rows_of(Path("runs/dare_iql/hopper-medium-v2/seed_0"))
+    assert first["auc_newest"] == 1
+    assert first["auc"] == pytest.approx(0.6, abs=0.05)  # of 0.005 and 0.5 against 0.125, 4.5
+    assert first["mu_offline"] == pytest.approx(0.25, abs=0.02)
+    assert first["mu_online"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_reference_policies_are_guided_and_resampled_by_q(monkeypatch):
+    """Support actions are 0 and 1, with the action as energy: s = 50 takes 1 alone."""
+    support = torch.tensor([0.0, 1.0])[None, :, None].expand(200, -1, 1)
+    sampler = SimpleNamespace(behavior=None, energy="f", energies=lambda s, a: a[..., 0])
+    config = SimpleNamespace(diffusion_steps=3, n_support=2, guidance_scale=50.0)
+    monkeypatch.setattr(reference, "draw_support_actions", lambda b, s, *sizes: support)
+
+    def sample(behavior, states, n, energy, scale, steps):
+        return torch.full((len(states), n, 1), float(scale))
+
+    monkeypatch.setattr(reference, "sample_actions", sample)
+    _, found = reference.policies(sampler, None, config, [1.0, 3.0])
+    states = torch.zeros(200, 1)
+    assert (found["resampled 50"](states) == 1).all()
+    drawn = [found[k](states)[0, 0].item() for k in ("unguided", "guided 1", "guided 3")]
+    assert drawn == [0, 1, 3]
+    config.guidance_scale = 0.0
+    _, found = reference.policies(sampler, None, config, [])
+    assert 0.3 < found["resampled 0"](states).mean() < 0.7
+
+
+def test_the_deviation_is_the_mean_over_the_components(tmp_path):
+    actor = {"log_std": torch.tensor([0.0, 2.0])}
+    save(tmp_path / "x.pt", {"trainer": {"actor": actor}, "step": 7})
+    expected = pytest.approx((1 + math.e**2) / 2), 7
+    assert deviation.std_of(tmp_path / "x.pt") == expected
+
+
 def test_auc_is_the_share_of_pairs_and_ties_count_half():
     x, y = torch.randint(6, (40,)).float(), torch.randint(2, 9, (25,)).float()
     pairs = (x[:, None] < y).double() + (x[:, None] == y).double() / 2
@@ -147,7 +198,7 @@ def test_two_steps_of_a_run_and_what_is_refused(tmp_path, monkeypatch, capsys):
     rows = read_rows(table_2)
     assert len(rows) == 7 and {row["step"] for row in rows} == {90}
     assert all(0 <= row[k] <= 1 for row in rows for k in ("auc", "auc_newest"))
-    assert len({row["auc"] for row in rows}) == 7
+    assert len({(row["auc"], row["mu_offline"], row["mu_online"]) for row in rows}) == 7
     scores.main()
     assert read_rows(table_2) == rows  # the same step again takes its place
     monkeypatch.setattr(scores, "readings", lambda *args: readings(*args)[::-1])
@@ -162,7 +213,8 @@ def test_two_steps_of_a_run_and_what_is_refused(tmp_path, monkeypatch, capsys):
     once = [row for row in read_rows(table_2) if row["name"] == "resample"]
     scores.main()
     found = [row for row in read_rows(table_2) if row["name"] == "resample"]
-    assert found == once[::-1] and len({row["auc"] for row in found}) == 7
+    assert found == once[::-1]
+    assert len({(row["auc"], row["mu_offline"], row["mu_online"]) for row in found}) == 7
 
     table_3 = tmp_path / "std.csv"
     monkeypatch.setattr(sys, "argv", ["deviation.py", str(folder), "--csv", str(table_3)])

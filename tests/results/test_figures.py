@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 from PIL import Image
-from synthetic import MAZE, H, flat, run, write_runs
+from synthetic import MAZE, H, exchange_rows, flat, run, write_runs
 
 import figures
 from lib.experiments import METHODS, PICTURES, TASKS
-from lib.statistics import bootstrap, mean_of_tasks
+from lib.statistics import bootstrap, mean_of_tasks, t_interval
 
 STEPS = [0, 50, 100]
 
@@ -116,6 +116,34 @@ def test_the_band_of_few_seeds_is_their_range():
         "Mean and the range of the seeds, from four on a 95% bootstrap interval; 3 to 5" in texts[0]
     )
     assert "Mean and 95% bootstrap interval; 4 to 5 seeds" in texts[1]
+
+
+def test_differences_are_drawn_with_their_t_intervals():
+    values = {"iql": [1, 2, 4], "dare_iql": [9, 5, 2]}
+    found = [run(m, H, s, [x] * 5) for m, xs in values.items() for s, x in enumerate(xs)]
+    figure, _ = figures.draw("differences-iql", found)
+    color = METHODS["iql"].color
+    lines = [x for x in figure.axes[0].lines if x.get_color() == color and len(x.get_xdata()) == 2]
+    (line,) = lines
+    np.testing.assert_allclose(line.get_xdata(), t_interval([np.subtract(*values.values())]))
+
+
+def test_the_drawn_band_is_that_of_mean_and_band():
+    found = [run(m, H, s, [s, 1 + 2 * s]) for m in ("iql", "dare_iql") for s in range(4)]
+    figure, _ = figures.draw("fig7", found)
+    _, _, (low, high) = figures.mean_and_band(found[:4], "score")
+    (path,) = figure.axes[0].collections[0].get_paths()
+    y = path.vertices[:, 1]
+    assert (y.min(), y.max()) == pytest.approx((low.min(), high.max()))
+    assert figure.axes[0].xaxis.get_major_formatter()(50_000, 0) == "50k"
+
+
+@pytest.mark.parametrize("name, level", [("auc", 0.5), ("sign", 0.0)])
+def test_a_line_says_where_there_is_no_difference(name, level):
+    train = [row | {"auc": 0.4} for row in exchange_rows([(1, 2, 3), (2, 1, 4)])]
+    figure, _ = figures.draw(name, [run("dare_iql", H, s, [1], train) for s in (0, 1)])
+    flat = [x for x in figure.axes[0].lines if len(x.get_ydata()) == 2 and x.get_color() == "0.4"]
+    assert list(flat[0].get_ydata()) == [level, level]
 
 
 def test_the_band_is_the_bootstrap_interval():

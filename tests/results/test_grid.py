@@ -224,7 +224,7 @@ def test_a_commit_is_dirty_with_a_changed_file_or_a_new_script(tmp_path, monkeyp
     (tmp_path / "algorithms").mkdir()
     file = tmp_path / "README.md"
     file.write_text("one")
-    identity = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+    identity = ["-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
     for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "first"]):
         subprocess.run(["git", "-C", tmp_path, *words], check=True)
     assert re.fullmatch("[0-9a-f]{7,}", grid.git_commit())

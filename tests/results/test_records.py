@@ -69,6 +69,19 @@ def test_records_are_read_back(tmp_path):
     assert "offline" not in (tmp_path / "records" / "train.csv").read_text()
 
 
+def test_the_best_score_may_be_that_before_fine_tuning_and_log_rows_are_online():
+    train = [{"phase": "offline", "step": 5, "q": 7.0}, {"phase": "online", "step": 1, "q": 2.0}]
+    record = run("iql", H, 0, [9, 1, 2], train)
+    assert record.best == 9 and [x.tolist() for x in record.log("q")] == [[1], [2.0]]
+
+
+def test_a_step_is_reached_with_its_evaluation_and_log_row():
+    record = run("iql", H, 0, [1, 2], [{"phase": "online", "step": 10}], online_iterations=10)
+    assert record.reached(10)
+    record.eval.pop()
+    assert not record.reached(10)
+
+
 def test_runs_that_were_never_online_have_no_train_csv(tmp_path):
     runs = write_runs([run("iql", H, 0, [7.5], online_iterations=0)], tmp_path / "runs")
     (runs / "iql" / H / "seed_0" / "train.csv").write_text("phase,step\noffline,5\n")

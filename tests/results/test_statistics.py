@@ -56,3 +56,11 @@ def test_statistics_of_two_methods():
     assert statistics.share_highest(strata) == 0.5
     assert statistics.share_highest([np.array([[1, 2]]), np.array([[3, 3]])]) == -0.5  # a tie
     assert statistics.spread(strata) == pytest.approx((10 - 12 + 10 - 8) / 2)
+    assert statistics.spread([np.array([[0.0, 0.0], [2.0, 6.0]])]) == 2  # deviations 1 and 3
+
+
+def test_the_bootstrap_draws_each_stratum_by_itself():
+    """With the same draws these two would cancel."""
+    x = np.array([0.0, 1.0, 5.0])
+    low, high = statistics.bootstrap([x, -x], statistics.mean_of_tasks)
+    assert low < -0.5 and high > 0.5

@@ -1,6 +1,7 @@
 """The tables of results/: numbers by hand, the paper's numbers, formats, generated pages."""
 
 import csv
+import functools
 import re
 import sys
 from collections import defaultdict
@@ -279,6 +280,10 @@ def test_in_brief_a_difference_is_bold_if_its_interval_excludes_0():
     # Of 5 and 6 the 95% t interval is 5.5 -+ 12.706 x 0.5, of 4.01 and 3.99 it is 4 -+ 0.13.
     assert row == "| DARE-I against IQL | +5.5 (2) | **+4.0 (2)** | **+4.8 (4); +1.6 to +7.9** |"
     assert "3e-5" not in text
+    records = [run("iql", H, s, [0] + [4.01 - s / 50] * 4) for s in (0, 1)]
+    records += [run("dare_iql", H, s, [0] * 5) for s in (0, 1)]
+    text = tables.in_brief(by_seed(records)).markdown()
+    assert "| DARE-I against IQL | **-4.0 (2)** |" in text
 
 
 def test_differences_stand_beside_the_papers():
@@ -478,9 +483,50 @@ def test_errors_are_one_line(monkeypatch, args, message):
     assert message in str(stop.value) and re.fullmatch("error: .*", str(stop.value))
 
 
-@pytest.mark.parametrize("path, text", tables.pages().items(), ids=lambda x: getattr(x, "name", ""))
-def test_generated_pages_are_those_of_the_records(path, text):
-    assert path.read_text() == text, "run python results/tables.py pages"
+pages = functools.cache(tables.pages)
+
+
+@pytest.mark.parametrize("name", [*tables.PAGES, *tables.MARKED])
+def test_generated_pages_are_those_of_the_records(name):
+    path = ROOT / name
+    assert path.read_text() == pages()[path], "run python results/tables.py pages"
+
+
+def test_times_are_medians_and_memory_is_the_peak():
+    speeds = (100.0, 50.0, 25.0)
+    train = [{"phase": "online", "step": 1, "steps_per_second": x, "q_loss": 0.0} for x in speeds]
+    records = [
+        run("iql", H, s, [1], train, seconds=10.0**s, peak_memory_gb=0.5 + s / 10)
+        for s in (0, 1, 2)
+    ]
+    (row,) = tables.cost(by_seed(records))[0].rows
+    assert [row[k].text() for k in list(row)[4:7]] == ["20.0", "10", "0.70"]
+
+
+def test_deviations_before_and_after(monkeypatch):
+    rows = [
+        {"method": "iql", "env": H, "seed": 0, "before": 0.25, "after": 0.125},
+        {"method": "dare_iql", "env": H, "seed": 0, "before": 0.25, "after": 0.5},
+    ]
+    monkeypatch.setattr(tables, "read_rows", lambda path: rows)
+    lines = tables.deviation_block().splitlines()
+    assert "| IQL before fine-tuning | 0.250 (1) |" in lines
+    assert "| IQL | 0.125 (1) |" in lines and "| DARE-I | 0.500 (1) |" in lines
+
+
+def test_auc_by_scale_of_the_guidance(monkeypatch):
+    base = {"name": tables.SCORED, "align": "gaussian_kl", "n_reference": 1.0}
+    found = {H: {0.0: 0.2, 1.0: 0.4, 8.0: 0.6}, W: {0.0: 0.3, 1.0: 0.5, 5.0: 0.9}}
+    rows = [
+        base | {"env": env, "guidance_scale": s, "auc": auc}
+        for env, aucs in found.items()
+        for s, auc in aucs.items()
+    ]
+    rows.append(base | {"name": "dare_iql", "env": H, "guidance_scale": 0.0, "auc": 0.99})
+    monkeypatch.setattr(tables, "read_rows", lambda path: rows)
+    text = tables.score_readings_block()
+    assert "| 0: the behavior | 1 | gaussian_kl | 0.20 (1) | 0.30 (1) |" in text
+    assert "| Table 7's | 1 | gaussian_kl | 0.60 (1) | 0.90 (1) |" in text
 
 
 def test_a_changed_number_is_found(tmp_path, monkeypatch):
