@@ -386,7 +386,7 @@ def beside_paper(runs: dict) -> Table:
                 signed=True,
             )
             for task in tasks
-            if (*method, TASKS[task]) in numbers
+            if (*method, TASKS.get(task)) in numbers
         }
         if any(here.values()):
             here = {k: cell and replace(cell, sizes="") for k, cell in here.items()}

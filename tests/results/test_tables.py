@@ -300,6 +300,9 @@ def test_differences_stand_beside_the_papers():
     assert (rows[here][H].mean, rows[here][MAZE].mean) == (3, -2)
     # Table 11, n = 0, less IQL of Table 1; Table 11 has no AntMaze.
     assert rows[paper][H].mean == pytest.approx(91.4 - 77.5) and MAZE not in rows[paper]
+    own = flat("iql", "pendulum-v0", [1]) + flat("dare_iql", "pendulum-v0", [3])  # no task of its
+    here, paper = tables.beside_paper(by_seed(own)).rows
+    assert here["pendulum-v0"].mean == 2 and "pendulum-v0" not in paper
 
 
 def test_over_all_tasks_those_with_one_pair_do_not_count_unless_all_have_one():
