@@ -557,7 +557,14 @@ def record_page(name: str) -> str:
     return "\n".join([head, made_with(name, runs), *found])
 
 
-STUDY = "full_size", "readings", "finetuning", "finetuning_replay", "finetuning_cql"
+STUDY = (
+    "full_size",
+    "longer_replay",
+    "readings",
+    "finetuning",
+    "finetuning_replay",
+    "finetuning_cql",
+)
 
 
 def in_brief(runs: dict) -> Table:

@@ -365,6 +365,19 @@ READINGS = replace(
         "walker2d-medium-replay-v2": {"offline_iterations": 200_000},
     },
 )
+# Does what an exchange does on the task where it helps last, by the scores and at random?
+LONGER_REPLAY = replace(
+    FULL_SIZE,
+    title="Twice the online steps on a replay buffer, with networks of the published size",
+    parts=[
+        (
+            "iql dare_iql_no_exchange dare_iql_resample_random dare_iql_resample",
+            ["halfcheetah-medium-replay-v2"],
+        )
+    ],
+    seeds=(6, 7, 8),
+    task_settings={"halfcheetah-medium-replay-v2": {"online_iterations": 50_000}},
+)
 FINETUNING_CQL = replace(
     FINETUNING,
     title="Fine-tuning of the CQL group, with small networks",
@@ -399,12 +412,14 @@ EXPERIMENTS["finetuning"] = FINETUNING
 EXPERIMENTS["finetuning_replay"] = FINETUNING_REPLAY
 EXPERIMENTS["finetuning_cql"] = FINETUNING_CQL
 EXPERIMENTS["full_size"] = FULL_SIZE
+EXPERIMENTS["longer_replay"] = LONGER_REPLAY
 EXPERIMENTS["readings"] = READINGS
 EXPERIMENTS["regenerated"] = REGENERATED
 PICTURES["full_size"] = replace(
     FULL_SIZE,
     parts=[("iql pex dare_iql_no_exchange dare_iql_resample_random dare_iql", FULL_SIZE.tasks)],
 )
+PICTURES["longer_replay"] = LONGER_REPLAY
 PICTURES["finetuning_cql"] = replace(
     FINETUNING_CQL,
     parts=[
