@@ -419,7 +419,8 @@ def scores(runs: dict) -> list[Table]:
         over = f"{n_seeds.pop()} seeds"
         rows = [{k: replace(x, seeds=None) if isinstance(x, Cell) else x for k, x in row.items()}
                 for row in rows]  # fmt: skip
-    note = f"Mean ± population standard deviation over {over} of the last four evaluations' mean."
+    note = "A seed's score is the mean of its last four evaluations; mean ± population standard "
+    note += f"deviation over {over}."
     return [Table("Scores after fine-tuning", rows, [note])]
 
 
@@ -521,8 +522,16 @@ def made_with(name: str, runs: dict) -> str:
     planned = sum(
         len(part.split()) * len(plan.seeds_of(env)) for part, tasks in plan.parts for env in tasks
     )
-    made = sum(plan.has(r.method, r.env) and r.seed in plan.seeds_of(r.env) for r in records)
-    more = f", and {len(records) - made} beyond the plan" if len(records) > made else ""
+    beyond = [
+        r for r in records if not (plan.has(r.method, r.env) and r.seed in plan.seeds_of(r.env))
+    ]
+    made = len(records) - len(beyond)
+    where = sorted({(r.env, r.seed) for r in beyond})
+    named = "; ".join(
+        f"{env}, seeds {', '.join(str(seed) for task, seed in where if task == env)}"
+        for env in sorted({env for env, _ in where})
+    )
+    more = f", and {len(beyond)} beyond the plan ({named})" if beyond else ""
     commits, hardware, torch = (
         ", ".join(sorted({str(r.settings.get(k, "unknown")) for r in records}))
         for k in ("commit", "hardware", "torch")
@@ -579,11 +588,11 @@ def in_brief(runs: dict) -> Table:
     cells = [cell for row in rows for cell in row.values() if isinstance(cell, Cell)]
     tests = sum(cell.seeds > 1 for cell in cells)
     notes = [
-        "Differences of last-four means (pairs of runs), at the smaller number of online steps; of "
-        "25,000 steps these are all evaluations after updates. All: over the tasks with two pairs "
-        "or more, with 95% t intervals, which are over seeds: tasks, data and starts are fixed.",
-        f"Bold: the interval excludes 0. Of {tests} intervals about {0.05 * tests:.0f} would if no "
-        "method differed from another.",
+        "The first method's score minus the second's, in pairs of one seed (number of pairs), at "
+        "the smaller number of online steps. All: the mean over the tasks with two pairs or more, "
+        "with a 95% t interval that covers other seeds, not other tasks or data. "
+        f"Bold: the interval excludes 0; about {0.05 * tests:.0f} of these {tests} would by chance "
+        "if no method differed from another.",
     ]
     return Table("What does what", rows, notes)
 

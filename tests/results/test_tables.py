@@ -330,7 +330,8 @@ def test_planned_runs_are_counted_by_the_seeds_of_their_task(monkeypatch):
     monkeypatch.setitem(tables.EXPERIMENTS, "mine", plan)
     records = [run("iql", task, seed, [0, 0]) for task in (H, W) for seed in (0, 4)]
     assert tables.made_with("mine", by_seed(records)).startswith(
-        "2 of 5 runs are made (`python results/grid.py run mine`), and 2 beyond the plan. "
+        "2 of 5 runs are made (`python results/grid.py run mine`), and 2 beyond the plan "
+        f"({H}, seeds 4; {W}, seeds 0). "
     )
 
 
@@ -570,6 +571,7 @@ def test_runs_of_other_seeds_are_counted_beside_the_planned_ones():
     runs = by_seed([run("iql", task, seed, [1.0] * 5) for seed in (0, 2)])
     assert tables.made_with("finetuning_replay", runs).startswith("2 of ")
     assert "and" not in tables.made_with("finetuning_replay", runs).split(".")[0]
-    runs = by_seed([run("iql", task, seed, [1.0] * 5) for seed in (0, 2, 7)])
+    runs = by_seed([run("iql", task, seed, [1.0] * 5) for seed in (0, 2, 7, 8)])
     text = tables.made_with("finetuning_replay", runs)
-    assert re.match(r"2 of \d+ runs are made \(.*\), and 1 beyond the plan. ", text)
+    assert re.match(r"2 of \d+ runs are made \(.*\), and 2 beyond the plan \(", text)
+    assert f"({task}, seeds 7, 8). Commits" in text
