@@ -269,6 +269,7 @@ MAIN_QUESTIONS = {
 }
 # ... and these too on the pages of records.
 QUESTIONS = MAIN_QUESTIONS | {
+    "resampled reference: against IQL": ("dare_iql_resample", "iql"),
     "which rows: resampled reference against random rows": (
         "dare_iql_resample",
         "dare_iql_resample_random",
