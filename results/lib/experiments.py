@@ -365,7 +365,7 @@ READINGS = replace(
         "walker2d-medium-replay-v2": {"offline_iterations": 200_000},
     },
 )
-# Does what an exchange does on the task where it helps last, by the scores and at random?
+# On the task where an exchange helps: does its gain last, by the scores and at random?
 LONGER_REPLAY = replace(
     FULL_SIZE,
     title="Twice the online steps on a replay buffer, with networks of the published size",
