@@ -264,16 +264,16 @@ MAIN_QUESTIONS = {
         "dare_iql_resample_random",
         "dare_iql_no_exchange",
     ),
-    "which rows: DARE-I against random rows": ("dare_iql", "dare_iql_resample_random"),
+    "which rows: resampled reference against random rows": (
+        "dare_iql_resample",
+        "dare_iql_resample_random",
+    ),
+    "which rows: DARE-I against random rows, fewer": ("dare_iql", "dare_iql_resample_random"),
     "guidance: guided against resampled": ("dare_iql", "dare_iql_resample"),
 }
 # ... and these too on the pages of records.
 QUESTIONS = MAIN_QUESTIONS | {
     "resampled reference: against IQL": ("dare_iql_resample", "iql"),
-    "which rows: resampled reference against random rows": (
-        "dare_iql_resample",
-        "dare_iql_resample_random",
-    ),
     "which rows: DARE-I against random rows, as many": ("dare_iql", "dare_iql_random"),
     "unguided, 16 references: against IQL": ("dare_iql_resample_density", "iql"),
     "unguided, 16 references: against DARE-I": ("dare_iql_resample_density", "dare_iql"),
@@ -602,7 +602,7 @@ def full_size_block() -> str:
     """The study with the largest networks, for the README of the repository."""
     runs = by_seed(read_records(RECORDS / "full_size"))
     tables = [table.markdown() for table in (*scores(runs), in_brief(runs))]
-    return "\n".join([made_with("full_size", runs), *tables])
+    return "\n".join([*tables, made_with("full_size", runs)])
 
 
 SCORED = "dare_iql_resample"  # whose runs results/readings/scores.csv has on every task

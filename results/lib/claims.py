@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.experiments import LOCOMOTION, NO_EXPERT, TASKS
+from lib.experiments import LOCOMOTION, METHODS, NO_EXPERT, TASKS
 from lib.records import Record, matched, sizes_of
 from lib.statistics import bootstrap, gain, mean_of_tasks, share_highest, spread, t_interval
 from lib.table import Cell, Table
@@ -90,16 +90,19 @@ KINDS = {
 
 
 def _above(section: str, text: str, method: str, *others: str, **more) -> list[Claim]:
-    """Claims that a method is above each of others; `{}` in the text stands for the other."""
-    return [Claim(section, text.format(other), method, (other,), **more) for other in others]
+    """Claims that a method is above each of others; `{}` in the text stands for its label."""
+    return [
+        Claim(section, text.format(METHODS[other].label), method, (other,), **more)
+        for other in others
+    ]
 
 
 _C, _I, _U = "dare_cql", "dare_iql", "dare_iql_utd10"
 _L = {"tasks": tuple(LOCOMOTION)}
 _UTD = {"tasks": tuple(NO_EXPERT), "until": 100_000, "at_least": 100_000}
 CLAIMS = [
-    Claim("7.2", "DARE-C: total above cql (paper: by 15%)", _C, ("cql",), "gain"),
-    Claim("7.2", "DARE-I: total above iql (paper: by 15%)", _I, ("iql",), "gain"),
+    Claim("7.2", "DARE-C: total above CQL (paper: by 15%)", _C, ("cql",), "gain"),
+    Claim("7.2", "DARE-I: total above IQL (paper: by 15%)", _I, ("iql",), "gain"),
     *_above("7.2", "DARE-C above {}", _C, "cql", "cal_ql", "edis_cql"),
     Claim("7.2", "DARE-C highest on most tasks", _C, ("cql", "cal_ql", "edis_cql"), "highest"),
     *_above("7.2", "DARE-I above {}", _I, "iql", "pex", "edis_iql"),

@@ -283,7 +283,7 @@ PICTURES = FIGURES | {
 }  # fmt: skip
 
 FINETUNING = Experiment(
-    "Fine-tuning to its effect, with small networks",
+    "Fine-tuning on one policy's data, with small networks",
     [
         (methods, ["halfcheetah-medium-v2"])
         for methods in (

@@ -78,9 +78,10 @@ class Table:
 
     def legend(self) -> list[str]:
         """What stands below the table: sizes and data, then notes."""
-        lines = [f"{mark[1:] or 'Unmarked'}: {in_short(sizes)}."
-                 for sizes, mark in self.marks().items()]  # fmt: skip
-        if any(sizes not in PAPER_SIZES.values() for sizes in self.marks()):
+        marks = self.marks()
+        unmarked = "Unmarked" if len(marks) > 1 else "All runs"
+        lines = [f"{mark[1:] or unmarked}: {in_short(sizes)}." for sizes, mark in marks.items()]
+        if any(sizes not in PAPER_SIZES.values() for sizes in marks):
             lines.append("Not the paper's sizes or data: these numbers compare methods with each "
                          "other, not with published numbers.")  # fmt: skip
         return lines + self.notes

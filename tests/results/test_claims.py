@@ -21,7 +21,7 @@ def rows_of(records):
 def test_verdicts(gains, expected):
     records = flat("iql", H, [10] * 3) + flat("dare_iql", H, [10 + x for x in gains])
     table = claims(by_seed(records))
-    row = {row["claim"]: row for row in table.rows}.get("DARE-I above iql", {})
+    row = {row["claim"]: row for row in table.rows}.get("DARE-I above IQL", {})
     assert row.get("verdict") == expected
     if expected:
         assert row["estimate"].mean == np.mean(gains) and row["section"] == "7.2"
@@ -64,7 +64,7 @@ def test_claims_on_exchange_counts_go_with_the_batch():
 def test_claims_of_totals_and_of_stability():
     records = flat("cql", H, [10, 30]) + flat("dare_cql", H, [11, 35])
     records += flat("cql", W, [70, 90]) + flat("dare_cql", W, [84, 100])
-    row = rows_of(records)["DARE-C: total above cql (paper: by 15%)"]
+    row = rows_of(records)["DARE-C: total above CQL (paper: by 15%)"]
     assert row["estimate"].mean == pytest.approx(15) and row["tasks"] == 2  # 115 of 100
     # Differences 1, 5 and 14, 10: variances of the means 4 and 4, so 2 degrees of freedom.
     half = 4.302653 * 8**0.5 / 2
