@@ -90,7 +90,7 @@ class TrainConfig:
     cql_max_target_backup: bool = None  # max over drawn actions in the target, Table 4
     cql_clip_diff_min: float = -200.0  # lower bound of R on a row, Table 4
     normalize: bool = None  # standardize observations, Table 4
-    normalize_reward: bool = None  # locomotion: 1000 r / range of returns; none on AntMaze; Table 4
+    normalize_reward: bool = None  # locomotion: 1000 r / range of returns, else no effect; Table 4
     hidden_dim: int = 256  # units of a hidden layer, Table 4
     q_n_hidden_layers: int = None  # hidden layers of Q, Table 4
     policy_n_hidden_layers: int = 3  # hidden layers of the policy (CORL)
@@ -110,7 +110,7 @@ class TrainConfig:
         for key, value in vars(self).items():
             if value is None:
                 setattr(self, key, value := presets.get(key))
-            low, high = LOWEST.get(key, 0), 1 if key in AT_MOST_1 else HIGHEST.get(key, 10**9)
+            low, high = LOWEST.get(key, 0), (1 if key in AT_MOST_1 else HIGHEST.get(key, 10**9))
             low = -high if key in MAY_BE_NEGATIVE else low
             if value is None or isinstance(value, (int, float)) and not low <= value <= high:
                 raise ValueError(f"--{key} must be from {low} to {high}, not {value}")

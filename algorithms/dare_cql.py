@@ -95,7 +95,7 @@ class TrainConfig:
     cql_max_target_backup: bool = None  # max over drawn actions in the target, Table 4
     cql_clip_diff_min: float = -200.0  # lower bound of R on a row, Table 4
     normalize: bool = None  # standardize observations, Table 4
-    normalize_reward: bool = None  # locomotion: 1000 r / range of returns; none on AntMaze; Table 4
+    normalize_reward: bool = None  # locomotion: 1000 r / range of returns, else no effect; Table 4
     hidden_dim: int = 256  # units of a hidden layer, Table 4
     q_n_hidden_layers: int = None  # hidden layers of Q, Table 4
     policy_n_hidden_layers: int = 3  # hidden layers of the policy (CORL)
@@ -120,9 +120,9 @@ class TrainConfig:
     behavior_lr_decay: bool = False  # warm-up and cosine decay of it (fast_behavior.yaml)
     behavior_width: int = 512  # units of its widest layer (CEP)
     n_support: int = None  # K, support actions per state of Eq. 34 (CEP)
-    n_support_states: int = 0  # dataset states that get support actions; 0, or resample: all
+    n_support_states: int = 0  # dataset states with support actions; 0: all, as always in resample
     energy_hidden: int = 256  # units of a hidden layer of f_phi, App. B.5
-    energy_beta: float = 3.0  # beta_E of Eq. 34 (CEP)
+    energy_beta: float = 3.0  # beta_E, the beta of Eq. 34 (CEP)
     energy_normalize: bool = True  # Q in units of its running mean spread over the K actions
     energy_iterations: int = 10_000  # updates of f_phi on the offline Q before the first exchange
     energy_batch_size: int = 256  # states of an energy batch, App. B.5
@@ -139,7 +139,7 @@ class TrainConfig:
         for key, value in vars(self).items():
             if value is None:
                 setattr(self, key, value := presets.get(key))
-            low, high = LOWEST.get(key, 0), 1 if key in AT_MOST_1 else HIGHEST.get(key, 10**9)
+            low, high = LOWEST.get(key, 0), (1 if key in AT_MOST_1 else HIGHEST.get(key, 10**9))
             low = -high if key in MAY_BE_NEGATIVE else low
             if value is None or isinstance(value, (int, float)) and not low <= value <= high:
                 raise ValueError(f"--{key} must be from {low} to {high}, not {value}")
@@ -204,8 +204,7 @@ PRESETS |= {  # Table 7
     "antmaze-umaze-diverse-v2": dict(guidance_scale=1.0),
     "antmaze-medium-diverse-v2": dict(guidance_scale=3.0),
 }
-CHOICES |= {"exchange": ("gaussian", "direct", "random", "none")}
-CHOICES |= {"reference": ("guided", "resample")}
+CHOICES |= dict(exchange=("gaussian", "direct", "random", "none"), reference=("guided", "resample"))
 CHOICES |= {"online_loss": ("td", "none"), "align": ("gaussian_kl", "softmax_kl")}
 LOWEST |= dict(n_reference=1, diffusion_steps=1, behavior_batch_size=1)
 LOWEST |= dict(behavior_width=4, n_support=2, energy_hidden=1, energy_batch_size=1)
@@ -628,12 +627,12 @@ def exchange(
     exchanged, separation = count_misplaced(offline_scores, online_scores)
     exchanged = exchanged.clamp(max=max_exchange)
     x, y = offline_scores, online_scores
-    if at_random:  # the control: as many rows, whichever
+    if at_random:  # the control: as many rows, drawn at random
         x, y = torch.rand_like(x), torch.rand_like(y)
     n_offline, n_pairs = len(x), min(len(x), len(y))
     i = x.argsort(descending=True, stable=True)[:n_pairs]
     j = y.argsort(stable=True)[:n_pairs] + n_offline
-    swap = torch.arange(n_pairs, device=i.device) < exchanged
+    swap = torch.arange(n_pairs, device=i.device) < exchanged  # i[:exchanged] would wait for a GPU
     index = torch.arange(n_offline + len(y), device=i.device)
     index[i], index[j] = torch.where(swap, j, i), torch.where(swap, i, j)
     return *regroup(offline_batch, online_batch, index), exchanged, separation
@@ -910,7 +909,7 @@ def train(config: TrainConfig):
             else:
                 cap, at_random = config.max_exchange, config.exchange == "random"
                 *batches, exchanged, separation = exchange(*batches, *scores, cap, at_random)
-            assert len(batches[0].rewards) == config.n_offline  # where the losses cut the batch
+            assert len(batches[0].rewards) == config.n_offline  # the losses split the batch there
             log_dict |= score_statistics(*scores)
             log_dict |= {"exchanged": exchanged.float(), "separation": separation}
             batch = map(torch.cat, zip(*batches, strict=True))

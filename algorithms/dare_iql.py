@@ -107,7 +107,7 @@ class TrainConfig:
     behavior_lr_decay: bool = False  # warm-up and cosine decay of it (fast_behavior.yaml)
     behavior_width: int = 512  # units of its widest layer (CEP)
     n_support: int = None  # K, support actions per state of Eq. 34 (CEP)
-    n_support_states: int = 0  # dataset states that get support actions; 0, or resample: all
+    n_support_states: int = 0  # dataset states with support actions; 0: all, as always in resample
     energy_hidden: int = 256  # units of a hidden layer of f_phi, App. B.5
     energy_beta: float = 3.0  # beta_E, the beta of Eq. 34 (CEP)
     energy_normalize: bool = True  # Q in units of its running mean spread over the K actions
@@ -126,7 +126,7 @@ class TrainConfig:
         for key, value in vars(self).items():
             if value is None:
                 setattr(self, key, value := presets.get(key))
-            low, high = LOWEST.get(key, 0), 1 if key in AT_MOST_1 else HIGHEST.get(key, 10**9)
+            low, high = LOWEST.get(key, 0), (1 if key in AT_MOST_1 else HIGHEST.get(key, 10**9))
             if value is None or isinstance(value, (int, float)) and not low <= value <= high:
                 raise ValueError(f"--{key} must be from {low} to {high}, not {value}")
             if key in CHOICES and value not in CHOICES[key]:
@@ -400,7 +400,7 @@ class ImplicitQLearning:
         if self.online and self.config.online_loss == "sac":  # DARE: Eq. 16
             state = batch.observations[self.config.n_offline :]
             actions, log_prob = self.actor.sample(state)
-            frozen = {name: p.detach() for name, p in self.qf.named_parameters()}  # as constants
+            frozen = {k: p.detach() for k, p in self.qf.named_parameters()}  # no gradient to Q
             q = torch.func.functional_call(self.qf, frozen, (state, actions[0]))
             sac_losses = self.config.sac_alpha * log_prob[0] - q
             losses = torch.cat([losses[: self.config.n_offline], sac_losses])
@@ -526,12 +526,12 @@ def exchange(
     exchanged, separation = count_misplaced(offline_scores, online_scores)
     exchanged = exchanged.clamp(max=max_exchange)
     x, y = offline_scores, online_scores
-    if at_random:  # the control: as many rows, whichever
+    if at_random:  # the control: as many rows, drawn at random
         x, y = torch.rand_like(x), torch.rand_like(y)
     n_offline, n_pairs = len(x), min(len(x), len(y))
     i = x.argsort(descending=True, stable=True)[:n_pairs]
     j = y.argsort(stable=True)[:n_pairs] + n_offline
-    swap = torch.arange(n_pairs, device=i.device) < exchanged
+    swap = torch.arange(n_pairs, device=i.device) < exchanged  # i[:exchanged] would wait for a GPU
     index = torch.arange(n_offline + len(y), device=i.device)
     index[i], index[j] = torch.where(swap, j, i), torch.where(swap, i, j)
     return *regroup(offline_batch, online_batch, index), exchanged, separation
@@ -805,7 +805,7 @@ def train(config: TrainConfig):
             else:
                 cap, at_random = config.max_exchange, config.exchange == "random"
                 *batches, exchanged, separation = exchange(*batches, *scores, cap, at_random)
-            assert len(batches[0].rewards) == config.n_offline  # where the losses cut the batch
+            assert len(batches[0].rewards) == config.n_offline  # the losses split the batch there
             log_dict |= score_statistics(*scores)
             log_dict |= {"exchanged": exchanged.float(), "separation": separation}
             batch = map(torch.cat, zip(*batches, strict=True))

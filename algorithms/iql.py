@@ -94,7 +94,7 @@ class TrainConfig:
         for key, value in vars(self).items():
             if value is None:
                 setattr(self, key, value := presets.get(key))
-            low, high = LOWEST.get(key, 0), 1 if key in AT_MOST_1 else HIGHEST.get(key, 10**9)
+            low, high = LOWEST.get(key, 0), (1 if key in AT_MOST_1 else HIGHEST.get(key, 10**9))
             if value is None or isinstance(value, (int, float)) and not low <= value <= high:
                 raise ValueError(f"--{key} must be from {low} to {high}, not {value}")
             if key in CHOICES and value not in CHOICES[key]:

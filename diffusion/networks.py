@@ -123,7 +123,8 @@ class EnergyModel(nn.Module):
 
     def gradient(self, actions_t: Tensor, embedded_states: Tensor, t: Tensor | float) -> Tensor:
         """Gradient of `predict` in actions_t, [..., A], written out for speed: who edits `predict`
-        must edit this too, or take torch.autograd.grad.
+        must edit this too, or take torch.func.grad of its sum (torch.autograd.grad would fail, for
+        sampling is under no_grad).
         """
         condition = embedded_states + self.time_layer(self.time_features(t))
         linears, hidden = list(self.layers)[1::2], [self.action_layer(actions_t) + condition]

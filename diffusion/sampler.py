@@ -26,7 +26,8 @@ class EnergyGuidedSampler:
     come, and `train` and `sample` in every update.
 
     Args:
-        config: a DARE script's TrainConfig; here its settings under "Behavior diffusion" are used.
+        config: a DARE script's TrainConfig; used are its settings under "Behavior diffusion", and
+            env, device, precision, mixing_ratio and runs_dir.
         states, actions: the dataset's, [N, S] and [N, A].
         online_states: those of the online transitions, [capacity, S]; its rows fill up.
         q_function: maps states [..., S] and actions [..., A] to Q [...]: the smaller target Q.
@@ -50,12 +51,13 @@ class EnergyGuidedSampler:
             shape = len(online_states), *self.support.shape[1:]
             self.online_support = torch.zeros(shape, device=states.device)
             self.n_added = 0  # online states that have support actions
-            self.n_online = torch.zeros((), dtype=torch.int64, device=states.device)  # the same
+            self.n_online = torch.zeros((), dtype=torch.int64, device=states.device)  # n_added
 
     def add_support(self, n_states: int):
         """Draw support actions for the first n_states online states, many at a time."""
+        # At first when there are twice as many, so that early batches do not repeat a few states.
         if not self.has_support or n_states - self.n_added < min(SUPPORT_CHUNK, self.n_added):
-            return  # until there are more; the first ones are drawn sooner, for batches need some
+            return
         new, config = slice(self.n_added, n_states), self.config
         with _autocast(config):
             states, sizes = self.online_states[new], (config.n_support, config.diffusion_steps)
@@ -188,7 +190,7 @@ def cached_support(config, states: Tensor, actions: Tensor, behavior: BehaviorMo
 
 @contextmanager
 def _cached(kind: str, config, fields: tuple, states: Tensor, actions: Tensor):
-    """Path of what depends on `fields`, the data and this folder's code alone; made only once."""
+    """Path of what depends on `fields`, the data and this folder's code; locked if missing."""
     digest = hashlib.sha256(repr([getattr(config, name) for name in fields]).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -206,8 +208,8 @@ def _cached(kind: str, config, fields: tuple, states: Tensor, actions: Tensor):
 
 
 def progress(what: str, total: int) -> Callable:
-    """What prints a line at every tenth of a long computation, and after its first minute, given
-    what is done and losses.
+    """A function of what is done and of losses, which prints a line at every tenth of a long
+    computation, and one after its first minute.
     """
     shown, start = -1, time.monotonic()  # tenths, seconds
 

@@ -38,11 +38,11 @@ def sample_actions(
 @torch.compiler.nested_compile_region  # compiled once, not once for every step
 def guided_noise(networks, embedded_states, guidance_scale, actions_t, t) -> Tensor:
     """Noise in actions_t by the behavior model and, if `networks` has one, the energy (Eq. 6)."""
-    behavior, *guides = networks  # no guide: unguided
+    behavior, *energies = networks
     noise = behavior.predict(actions_t, embedded_states[0], t)
-    for energy in guides:  # noise = -sigma_t * score: what the score gains is taken off the noise
+    if energies:  # noise = -sigma_t * score: what the score gains is taken off the noise
         scale = guidance_scale * alpha_sigma(t)[1]
-        noise = noise - scale * energy.gradient(actions_t, embedded_states[1], t)
+        noise = noise - scale * energies[0].gradient(actions_t, embedded_states[1], t)
     return noise
 
 

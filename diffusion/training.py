@@ -24,7 +24,7 @@ WARM_UP = 0.02  # share of the updates
 HELD_OUT_ROWS, OVERFITTED = 10_000, 1.05
 
 
-def _perturbed(actions: Tensor, t_shape: tuple[int, ...], generator: Generator | None):
+def _perturbed(actions: Tensor, t_shape: tuple[int, ...], generator: Generator | None = None):
     """Times ~ U[T_MIN, T_MAX], noise ~ N(0, I), and the actions perturbed by them."""
     like = {"device": actions.device, "dtype": actions.dtype, "generator": generator}
     t = T_MIN + (T_MAX - T_MIN) * torch.rand(t_shape, **like)
@@ -32,14 +32,12 @@ def _perturbed(actions: Tensor, t_shape: tuple[int, ...], generator: Generator |
     return t, noise, perturb(actions, t, noise)
 
 
-def behavior_loss(
-    model: BehaviorModel, states: Tensor, actions: Tensor, generator: Generator | None = None
-) -> Tensor:
+def behavior_loss(model: BehaviorModel, states: Tensor, actions: Tensor) -> Tensor:
     """Noise prediction loss at states [B, S], actions [B, A] of the dataset, a scalar.
 
     The mean over rows and action dimensions: 1 is what predicting no noise costs.
     """
-    t, noise, actions_t = _perturbed(actions, actions.shape[:1], generator)
+    t, noise, actions_t = _perturbed(actions, actions.shape[:1])
     return mse_loss(model(actions_t, states, t).to(noise.dtype), noise)
 
 

@@ -85,7 +85,7 @@ def test_rows_change_sides_by_their_scores(passes, settings):
         assert [len(x.rewards) for x in halves] == [16, 16]
         states, actions = (torch.cat([x[k] for x in halves]) for k in (0, 1))
         assert torch.equal(here["states"], states)
-        # Lines 6 to 9.
+        # Lines 6 to 8.
         align = settings.get("align", "gaussian_kl")
         scores = script.alignment_score(actions, here["references"], align).split(16)
         if settings["exchange"] == "gaussian":
@@ -94,7 +94,7 @@ def test_rows_change_sides_by_their_scores(passes, settings):
         else:
             *expected, exchanged, separation = script.direct_exchange(*halves, *scores)
             assert exchanged > 1
-        # Line 10: the offline half stands first.
+        # Line 9: the offline half stands first.
         for column, parts in zip(here["batch"], zip(*expected, strict=True), strict=True):
             assert torch.equal(column, torch.cat(parts))
         assert not torch.equal(here["batch"].actions, actions)

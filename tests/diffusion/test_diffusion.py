@@ -402,6 +402,9 @@ def test_the_gradient_of_the_energy_is_that_of_autograd(networks, bf16):
         embedded, t = energy.embed_states(STATES)[:, None], torch.tensor(0.3)
         (expected,) = torch.autograd.grad(energy.predict(actions, embedded, t).sum(), actions)
         found = energy.gradient(actions, embedded, t)
+        with torch.no_grad():  # as in sampling, where an edited energy may take torch.func.grad
+            edited = torch.func.grad(lambda x: energy.predict(x, embedded, t).sum())(actions)
+    torch.testing.assert_close(edited.float(), expected.float(), **rounding)
     assert expected.abs().min() > 1e-4
     torch.testing.assert_close(found.float(), expected.float(), **rounding)
 

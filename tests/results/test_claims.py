@@ -72,15 +72,15 @@ def test_claims_of_totals_and_of_stability():
     # A rising curve is as steady as a level one that moves as much from one step to the next.
     records = [run("dare_cql", H, s, [0, 5, 6, 7, 8]) for s in (0, 1, 2)]
     records += [run("dare_cql_direct", H, s, [90, 4, 6, 4, 6 + 3 * s / 9]) for s in (0, 1, 2)]
-    row = rows_of(records)["Gaussian fit steadier than dare_cql_direct"]
+    row = rows_of(records)["Gaussian fit steadier than DARE-C, direct"]
     assert row["verdict"] == "seen" and row["estimate"].mean == pytest.approx(1 + 1 / 9)
     records = flat("dare_iql", H, [50, 51, 52, 53]) + flat("dare_iv", H, [0, 100, 0, 100])
-    row = rows_of(records)["DARE-I varies less over seeds than dare_iv"]
+    row = rows_of(records)["DARE-I varies less over seeds than DARE-IV"]
     assert row["estimate"].mean == pytest.approx(50 - np.std([50, 51, 52, 53]))
 
 
 def test_claims_about_100_000_steps_need_runs_of_that_length():
-    claim = "UTD 1, 0.1M steps: DARE-I above pex"
+    claim = "UTD 1, 0.1M steps: DARE-I above PEX"
     for steps, tested in ((99_000, False), (100_000, True), (200_000, True)):
         records = flat("pex", H, [1, 1], online_iterations=steps)
         records += flat("dare_iql", H, [2, 2], online_iterations=steps)
