@@ -27,8 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import diffusion
-from grid import git_commit
-from lib.attempt import hardware
+from lib.attempt import git_commit, hardware
 from lib.checkouts import calls_of
 from lib.experiments import ROOT
 from lib.records import csv_text, read_rows
@@ -232,7 +231,8 @@ def time_script(script: str, args) -> dict:
     Untrained behavior models and energies take as long as trained ones.
     """
     module, n = importlib.import_module(script), args.steps
-    settings = {"env": ENV, "data": "regenerated", "regenerated_size": 5_000, "n_episodes": 1}
+    settings = {"env": ENV, "seed": 0, "name": script, "n_episodes": 1}
+    settings |= {"data": "regenerated", "regenerated_size": 5_000}
     settings |= {"wandb": "disabled", "device": args.device, "precision": args.precision}
     settings |= {"offline_iterations": 2 * n, "online_iterations": 500 + 2 * n, "log_freq": n}
     settings |= {"initial_collection_steps": 500, "eval_freq": 10**6, "offline_eval_freq": 10**6}
@@ -366,7 +366,9 @@ def write(path: Path | None, rows: list[dict]):
     with open(path, "a+") as file:
         file.seek(0)
         if (old := file.readline()) not in ("", header):
-            sys.exit(f"error: {path} has other columns; use another --output")
+            new = path.with_suffix(f".{time.time():.0f}{path.suffix}")
+            new.write_text("".join([header, *lines]))
+            sys.exit(f"error: {path} has other columns; these rows are in {new}")
         file.writelines(lines if old else [header, *lines])
 
 

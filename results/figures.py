@@ -3,16 +3,14 @@
 PATH is a runs directory or a folder of committed records (tables.py collect). Every figure whose
 runs are there is written to --output; for every other one a line says what is missing. Curves are
 means over seeds, not smoothed, with a band: the seeds' range, or from four seeds on a 95% bootstrap
-interval; the small print of a figure says how many
-seeds, on which data and at which sizes. Beyond the paper: `finetuning`; `differences-iql` and
-`differences-cql`, each method minus DARE seed by seed with t intervals; `sign`, the difference of
-both halves' mean scores; `auc`, the probability that an offline row scores lower than an online
-one.
+interval. The small print of a figure says how many seeds, on which data and at which sizes. Beyond
+the paper: the studies, as `finetuning` or `full_size`; `differences-iql` and `differences-cql`,
+each method minus DARE seed by seed with t intervals; `sign`, the difference of both halves' mean
+scores; `auc`, the probability that an offline row scores lower than an online one.
 """
 
 import argparse
 import io
-import os
 import sys
 import textwrap
 from collections import defaultdict
@@ -23,6 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from d4rl_gymnasium.files import write
 from lib.experiments import METHODS, PICTURES, ROOT, Experiment
 from lib.records import Record, by_seed, described, matched, read_records
 from lib.statistics import bootstrap, mean_of_tasks, t_interval
@@ -248,14 +247,13 @@ def draw(name: str, records: list[Record]) -> tuple[Figure, str]:
 def write_figure(figure: Figure, path: Path):
     """Write a picture, whole or not at all; a PNG with 256 colours, a third of the size."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, pixels = path.with_suffix(".tmp"), io.BytesIO()
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:])
     if path.suffix == ".png":
-        figure.savefig(pixels, format="png")
-        image = Image.open(pixels).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        image.save(partial, format="png", optimize=True)
-    else:
-        figure.savefig(partial, format=path.suffix[1:])
-    os.replace(partial, path)
+        image = Image.open(picture).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        picture = io.BytesIO()
+        image.save(picture, format="png", optimize=True)
+    write(path, picture.getvalue())
 
 
 def main():

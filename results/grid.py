@@ -18,7 +18,6 @@ import math
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -222,18 +221,22 @@ def plan(names: list[str], options: dict, methods=None, tasks=None, seeds=None) 
         seeds: seeds instead of the experiments' own, or None.
 
     Raises:
-        SystemExit: two experiments give one run different settings, an agent cannot be shared, or
-            a method cannot be run.
+        SystemExit: two experiments give one run different settings, an agent cannot be shared, a
+            method cannot be run, or no script has an option.
     """
-    runs, last_sampler, checked = {}, {}, set()
+    runs, last_sampler, checked, scripts = {}, {}, set(), set()
     for method in dict.fromkeys(method for x in names for method in EXPERIMENTS[x].methods):
         check_method(method)
+        scripts.add(METHODS[method].script)
+    if unknown := [key for key in options if not any(key in fields_of(s) for s in scripts)]:
+        sys.exit(f"error: no script of these experiments has a setting {unknown[0]}")
 
     def add(run: Run) -> Run:
-        if runs.setdefault(run.directory, run).command != run.command:
+        other = runs.setdefault(run.directory, run)
+        if (other.script, other.flags) != (run.script, run.flags):
             sys.exit(f"error: experiments differ in the settings of {run.directory}; "
                      "run them with a --runs_dir each")  # fmt: skip
-        return runs[run.directory]
+        return other
 
     for experiment in (EXPERIMENTS[name] for name in names):
         for name, env, seed in dict.fromkeys(
@@ -288,20 +291,6 @@ def unfinished(runs: list[Run]) -> list[Run]:
 # --- Running ---
 
 
-def git_commit() -> str | None:
-    """Commit of the repository, with -dirty if it is not what runs; None outside git."""
-
-    def git(*args):
-        return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True)
-
-    commit = git("rev-parse", "--short", "HEAD")
-    if commit.returncode:
-        return None
-    changed = git("status", "--porcelain", "--untracked-files=no").stdout
-    changed += git("status", "--porcelain", "--", "algorithms", "diffusion").stdout  # new files too
-    return commit.stdout.strip() + ("-dirty" if changed else "")
-
-
 def start_ray(args):
     """Start Ray on this machine, or join the cluster at args.address; returns the module."""
     if sys.platform != "linux":
@@ -332,11 +321,10 @@ def execute(runs: list[Run], todo: list[Run], ray, args) -> int:
     """
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     task = ray.remote(attempt).options(
-        num_cpus=1, num_gpus=1 / args.runs_per_gpu if has_gpus else 0,
-        max_retries=args.retries, retry_exceptions=[RuntimeError],
+        num_cpus=1, num_gpus=1 / args.runs_per_gpu if has_gpus else 0, max_retries=0
     )  # fmt: skip
     finished, failed = {run.directory for run in runs} - {run.directory for run in todo}, set()
-    commit, waiting, running, shown = git_commit(), list(todo), {}, None
+    waiting, running, tries, shown = list(todo), {}, Counter(), None
     try:
         while waiting or running:
             for run in list(waiting):
@@ -345,17 +333,23 @@ def execute(runs: list[Run], todo: list[Run], ray, args) -> int:
                     print(f"skipped: {run.directory} waits for {min(needs & failed)}", flush=True)
                     failed.add(run.directory)
                 elif needs <= finished:
-                    words = run.command, run.steps, str(run.directory), str(run.log), commit
+                    words = run.command, run.steps, str(run.directory), str(run.log)
                     running[task.remote(*words)] = run
+                    tries[run.directory] += 1
                 else:
                     continue
                 waiting.remove(run)
             for ref in ray.wait(list(running), timeout=1)[0] if running else []:
                 run = running.pop(ref)
                 reason = failure(ray, ref, run)
-                (failed if reason else finished).add(run.directory)
-                if reason:
+                if not reason:
+                    finished.add(run.directory)
+                elif tries[run.directory] <= args.retries:
+                    print(f"again: {run.directory}: {reason}", flush=True)
+                    waiting.append(run)
+                else:
                     print(f"failed: {run.directory}: {reason}", flush=True)
+                    failed.add(run.directory)
             used = ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0)
             n_running = min(round(used), len(running))
             counts = f"{len(finished)} of {len(runs)} finished, {n_running} running"
@@ -378,7 +372,7 @@ def failure(ray, ref, run: Run) -> str:
         ray.get(ref)
         return ""
     except ray.exceptions.RayTaskError as e:
-        return str(e.cause).splitlines()[0]
+        return (str(e.cause) or type(e.cause).__name__).splitlines()[0]
     except ray.exceptions.RayError as e:
         return f"{type(e).__name__}; the last line was: {last_line(run.log)}"
 
@@ -430,8 +424,6 @@ def parse_arguments() -> argparse.Namespace:
         key, equals, value = pair.partition("=")
         if key in ("env", "seed", "name", "runs_dir", "config_path", "load_model") or not equals:
             parser.error(f"--set takes KEY=VALUE of a setting of the runs, got {pair}")
-        if not any(key in fields_of(method.script) for method in METHODS.values()):
-            parser.error(f"no script has a setting {key}")
         args.options[key] = value
     return args
 

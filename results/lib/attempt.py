@@ -22,10 +22,11 @@ POLL_SECONDS = 0.2
 LOCK_SECONDS = 60.0  # that an attempt waits for the end of the one before
 
 
-def attempt(command: list[str], steps: int, directory: str, log: str, commit: str | None):
+def attempt(command: list[str], steps: int, directory: str, log: str):
     """Run a command to its end and write job.yaml; nothing is done for a run that has its steps.
 
-    `steps` are the online steps of the command.
+    `steps` are the online steps of the command. Another attempt at the run, of another grid, is
+    waited for.
 
     Raises:
         RuntimeError: it failed, or another process holds the run's directory.
@@ -34,10 +35,15 @@ def attempt(command: list[str], steps: int, directory: str, log: str, commit: st
     # Under nohup a worker starts with interrupts ignored, and by one a task is cancelled.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     directory = Path(directory)
-    if is_finished(directory, steps):
-        return
     directory.mkdir(parents=True, exist_ok=True)
-    try:
+    with FileLock(directory.with_suffix(".lock")):
+        if not is_finished(directory, steps):
+            attempt_alone(command, directory, Path(log))
+
+
+def attempt_alone(command: list[str], directory: Path, log: Path):
+    """`attempt`, while no other one is made at the run."""
+    try:  # the script's own lock: it may run without a grid, or its worker may just have died
         with FileLock(directory / "lock", timeout=LOCK_SECONDS):
             pass
     except Timeout:
@@ -45,12 +51,14 @@ def attempt(command: list[str], steps: int, directory: str, log: str, commit: st
     path = directory / "job.yaml"
     job = read_yaml(path)
     spent, memory = job.get("seconds", 0.0), job.get("peak_memory_gb", 0.0)
+    made = {"commit": git_commit(), "hardware": hardware()}
+    made["torch"] = importlib.metadata.version("torch")
+    made = {k: joined(job.get(k), now) for k, now in made.items()}
     # Empty until the attempt's end: of an attempt that was killed with its worker it is not known.
-    job = {"command": shlex.join(command), "commit": commit, "hardware": hardware(),
-           "torch": importlib.metadata.version("torch"), "seconds": None, "peak_memory_gb": None,
-           "attempts": job.get("attempts", 0) + 1}  # fmt: skip
+    costs = {"seconds": None, "peak_memory_gb": None, "attempts": job.get("attempts", 0) + 1}
+    job = {"command": shlex.join(command), **made, **costs}
     write(path, yaml.safe_dump(job, sort_keys=False))
-    code, usage, cancelled = run_command(command, Path(log), job["attempts"])
+    code, usage, cancelled = run_command(command, log, job["attempts"])
     if spent is not None:
         job["seconds"] = round(spent + usage.ru_utime + usage.ru_stime, 2)
     if memory is not None:
@@ -59,7 +67,7 @@ def attempt(command: list[str], steps: int, directory: str, log: str, commit: st
     if cancelled:
         raise KeyboardInterrupt
     if code:
-        reason = last_line(Path(log))
+        reason = last_line(log)
         if not reason.startswith("error:"):
             reason = f"error: exit status {code}, the last line was: {reason}"
             with open(log, "a") as f:
@@ -98,6 +106,26 @@ def run_command(command: list[str], log: Path, number: int) -> tuple:
         except KeyboardInterrupt:
             cancelled = True
             os.kill(process.pid, signal.SIGTERM)
+
+
+def joined(earlier: str | None, now: str | None) -> str | None:
+    """What earlier attempts at a run were made with, and this one if that is another."""
+    known = earlier.split(" and ") if earlier else []
+    return " and ".join(dict.fromkeys([*known, now or "unknown"])) if known else now
+
+
+def git_commit() -> str | None:
+    """Commit of the repository, with -dirty if it is not what runs; None outside git."""
+
+    def git(*args):
+        return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True)
+
+    commit = git("rev-parse", "--short", "HEAD")
+    if commit.returncode:
+        return None
+    changed = git("status", "--porcelain", "--untracked-files=no").stdout
+    changed += git("status", "--porcelain", "--", "algorithms", "diffusion").stdout  # new files too
+    return commit.stdout.strip() + ("-dirty" if changed else "")
 
 
 def hardware() -> str:

@@ -302,13 +302,15 @@ def write_records(
     if add:
 
         def what(row: dict) -> tuple:
-            return row["prepared"], row["env"], row["seed"]
+            return row["prepared"], row["env"], row["seed"], row.get("hardware") or ""
 
         new = set(map(what, costs))
         costs += [row for row in read_rows(folder / "prepared.csv") if what(row) not in new]
         costs.sort(key=what)
     if costs:
         write(folder / "prepared.csv", csv_text(costs))
+    else:
+        (folder / "prepared.csv").unlink(missing_ok=True)
 
 
 # --- Runs in pairs ---

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,15 +47,19 @@ def test_computations(program, tmp_path):
     assert rows["iql update"]["gflop"] == 0.5243
     assert "aten::" in program("--profile", "buffer")
     path.write_text("other,columns\n1,2\n")
-    with pytest.raises(SystemExit, match="error: .*has other columns; use another --output"):
+    with pytest.raises(
+        SystemExit, match="error: .*has other columns; these rows are in .*csv"
+    ) as end:
         program("--only", "buffer", "--output", path)
+    assert read_rows(Path(str(end.value).split()[-1]))[0]["ms"] > 0
+    assert path.read_text() == "other,columns\n1,2\n"
     with pytest.raises(SystemExit, match="error: no computation has 'sac' in its name"):
         program("--only", "sac")
 
 
 def test_scripts(program, tmp_path):
     config = tmp_path / "small.yaml"
-    config.write_text("hidden_dim: 8\nbatch_size: 8\n")
+    config.write_text("hidden_dim: 8\nbatch_size: 8\nname: mine\nseed: 3\n")
     out = program("--scripts", "iql", "--steps", 3, "--config", config, "--output",
                   tmp_path / "times.csv")  # fmt: skip
     (row,) = read_rows(tmp_path / "times.csv")

@@ -384,6 +384,7 @@ def test_cost():
 def test_what_runs_share_is_a_line_for_each_hardware():
     rows = [{"prepared": "iql", "env": H, "hardware": x, "seconds": s}
             for x, s in (("2 cores", 10.0), ("a GPU", 1.0), ("2 cores", 30.0))]  # fmt: skip
+    rows.append({"prepared": "dare_iql", "env": H})  # an attempt was killed: its cost is not known
     lines = tables.prepared(rows).rows
     assert [(line["hardware"], line[H].text()) for line in lines] == [
         ("2 cores", "20 (2)"),
@@ -539,6 +540,7 @@ def test_a_changed_number_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     (tmp_path / "README.md").write_text(page)
     monkeypatch.setattr(tables, "PAGES", {})
+    monkeypatch.setattr(tables, "MARKED", ["README.md"])
     monkeypatch.setattr(sys, "argv", ["tables.py", "pages"])
     tables.main()
     text = (tmp_path / "README.md").read_text()
