@@ -16,10 +16,14 @@ import cal_ql
 import d4rl_gymnasium as d4rl
 import dare_cql
 import dare_iql
+import edis_cql
+import edis_iql
 import iql
 import pex
 from d4rl_gymnasium import runs
 
+SCRIPTS = [*SETTINGS, edis_iql, edis_cql]
+EACH = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 ENVS_OF_THE_PAPER = """
     walker2d-medium-expert-v2 halfcheetah-medium-expert-v2 hopper-medium-expert-v2
     walker2d-medium-replay-v2 halfcheetah-medium-replay-v2 hopper-medium-replay-v2
@@ -138,6 +142,20 @@ TABLE_4_BY_FAMILY = {
 OF_DARE_C = {"max_exchange": 32, "online_loss": "td"}  # App. B.1, Eq. 14
 
 
+TABLE_6 = {  # EDIS
+    "model_depth": 6,
+    "n_denoising_steps": 128,
+    "model_lr": 3e-4,
+    "model_width": 1024,
+    "model_batch_size": 256,
+    "model_iterations": 50_000,
+    "edis_freq": 10_000,
+    "energy_hidden": 256,
+    "n_negatives": 10,
+    "energy_lr": 1e-3,
+}
+
+
 def settings(script, **changed):
     """The settings of a script, as a dictionary."""
     return dataclasses.asdict(script.TrainConfig(**changed))
@@ -182,7 +200,15 @@ def test_pex_has_the_settings_of_iql_and_its_own(env):
     assert settings(pex, env=env) == expected
 
 
-@pytest.mark.parametrize("script", list(SETTINGS))
+@pytest.mark.parametrize("env", ENVS_OF_THE_PAPER)
+@pytest.mark.parametrize("script, baseline", [(edis_iql, iql), (edis_cql, cal_ql)])
+def test_edis_has_the_settings_of_its_baseline_and_of_table_6(script, baseline, env):
+    found = settings(script, env=env)
+    expected = settings(baseline, env=env) | {"name": script.__name__} | TABLE_6
+    assert {k: found[k] for k in expected} == expected
+
+
+@EACH
 def test_no_setting_is_left_without_a_value(script):
     for env in d4rl.TASKS:
         assert None not in settings(script, env=env).values()
@@ -194,10 +220,10 @@ def test_tasks_without_a_guidance_scale_in_table_7_have_that_of_most():
 
 
 # What follows the settings of the baseline
-FIRST_OF_VARIANTS = ("exchange", "inv_temperature", "project")
+FIRST_OF_VARIANTS = ("exchange", "inv_temperature", "edis_start", "project")
 
 
-@pytest.mark.parametrize("script", list(SETTINGS))
+@EACH
 def test_every_offline_setting_of_an_agent_is_compared(script):
     """What --load_model must agree with: what makes the networks and what Q and V mean.
 
@@ -223,7 +249,7 @@ def parse(monkeypatch, script, *args):
     return config
 
 
-@pytest.mark.parametrize("script", list(SETTINGS), ids=lambda script: script.__name__)
+@EACH
 def test_a_notebook_has_the_settings_of_the_command_line(monkeypatch, script):
     env = "walker2d-medium-v2"
     assert parse(monkeypatch, script, "--env", env) == script.TrainConfig(env=env)
@@ -363,16 +389,23 @@ IMPOSSIBLE = {
 }
 IMPOSSIBLE_DARE = {
     "negative cap": ({"max_exchange": -1}, ["--max_exchange", "-1"]),
-    "expectile above 1": ({"online_expectile": 1.1}, ["--online_expectile", "1.1"]),
     "bad exchange": ({"exchange": "all"}, ["--exchange", "all", "gaussian", "direct", "none"]),
-    "bad loss": ({"online_loss": "awr"}, ["--online_loss", "awr", "sac", "expectile", "none"]),
     "bad alignment": ({"align": "kl"}, ["--align", "gaussian_kl", "softmax_kl"]),
     "bad reference": ({"reference": "x"}, ["--reference", "guided", "resample"]),
     "no solver step": ({"diffusion_steps": 0}, ["--diffusion_steps", "0"]),
     "width that the network cannot have": ({"behavior_width": 3}, ["behavior_width", "4"]),
-    "too deep": ({"n_hidden": 100_000}, ["--n_hidden", "from 1 to 100", "100000"]),
     "too wide an energy": ({"energy_hidden": 10**9}, ["--energy_hidden", "to 10000"]),
     "one support action": ({"n_support": 1}, ["--n_support", "1"]),
+}
+IMPOSSIBLE_ALONE = {
+    "expectile above 1": (dare_iql, {"online_expectile": 1.1}, ["--online_expectile", "1.1"]),
+    "bad loss": (dare_iql, {"online_loss": "awr"}, ["--online_loss", "sac", "expectile", "none"]),
+    "bad loss of DARE-C": (dare_cql, {"online_loss": "sac"}, ["--online_loss", "td", "none"]),
+    "too deep": (dare_iql, {"n_hidden": 100_000}, ["--n_hidden", "from 1 to 100", "100000"]),
+    "too deep a Q": (dare_cql, {"q_n_hidden_layers": 10**5}, ["--q_n_hidden_layers", "to 100"]),
+    "no interval": (edis_iql, {"edis_freq": 0}, ["--edis_freq", "from 1", "0"]),
+    "no denoising step": (edis_cql, {"n_denoising_steps": 0}, ["--n_denoising_steps", "from 1"]),
+    "weights that outgrow": (edis_iql, {"model_ema": 1.5}, ["--model_ema", "from 0 to 1", "1.5"]),
 }
 
 
@@ -384,13 +417,13 @@ def assert_refused(script, changed, parts):
     assert "\n" not in message and all(part in message for part in parts), message
 
 
-@pytest.mark.parametrize("script", list(SETTINGS), ids=lambda script: script.__name__)
+@EACH
 @pytest.mark.parametrize("changed, parts", list(IMPOSSIBLE.values()), ids=list(IMPOSSIBLE))
 def test_impossible_values(script, changed, parts):
     assert_refused(script, changed, parts)
 
 
-@pytest.mark.parametrize("dare", [dare_iql], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("dare", [dare_iql, dare_cql], ids=lambda script: script.__name__)
 @pytest.mark.parametrize(
     "changed, parts", list(IMPOSSIBLE_DARE.values()), ids=list(IMPOSSIBLE_DARE)
 )
@@ -398,7 +431,14 @@ def test_impossible_values_of_dare(dare, changed, parts):
     assert_refused(dare, changed, parts)
 
 
-@pytest.mark.parametrize("script", list(SETTINGS), ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    "script, changed, parts", list(IMPOSSIBLE_ALONE.values()), ids=list(IMPOSSIBLE_ALONE)
+)
+def test_impossible_values_of_one_script(script, changed, parts):
+    assert_refused(script, changed, parts)
+
+
+@EACH
 def test_a_setting_without_a_value_for_the_task_is_refused(monkeypatch, script):
     for presets in script.PRESETS.values():
         monkeypatch.delitem(presets, "n_episodes", raising=False)
@@ -406,7 +446,7 @@ def test_a_setting_without_a_value_for_the_task_is_refused(monkeypatch, script):
     assert script.TrainConfig(n_episodes=3).n_episodes == 3
 
 
-@pytest.mark.parametrize("script", list(SETTINGS), ids=lambda script: script.__name__)
+@EACH
 def test_an_offline_run_needs_no_steps_with_updates(script):
     config = script.TrainConfig(online_iterations=0, initial_collection_steps=60)
     assert (config.online_iterations, config.initial_collection_steps) == (0, 60)
@@ -420,7 +460,7 @@ def test_nearest_names_of_an_unknown_env():
     assert "antmaze-medium-diverse-v2" in nearest and "hopper" not in nearest
 
 
-@pytest.mark.parametrize("script", list(SETTINGS), ids=lambda script: script.__name__)
+@EACH
 def test_a_machine_that_lacks_something_is_told_so(monkeypatch, script):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_refused(script, {"device": "cuda"}, ["--device cuda", "--device cpu"])
@@ -441,7 +481,7 @@ def commented_fields(script):
     return comments
 
 
-@pytest.mark.parametrize("script", list(SETTINGS), ids=lambda script: script.__name__)
+@EACH
 def test_every_setting_says_in_words_what_it_does(script):
     for name, comment in commented_fields(script).items():
         if name not in ("device", "project"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_runs import assert_equal, checkpoint
 
 import cal_ql
 import d4rl_gymnasium as d4rl
@@ -386,26 +387,6 @@ def run(runs_dir, script, **more):
         settings |= dict(cql_n_actions=2, q_n_hidden_layers=1)
     script.train(script.TrainConfig(**settings | {"runs_dir": str(runs_dir)} | more))
     return Path(runs_dir, script.__name__, ENV, "seed_0")
-
-
-def checkpoint(path):
-    return torch.load(path / "checkpoint.pt", weights_only=True)
-
-
-def assert_equal(found, expected, where="checkpoint"):
-    """Equal to the last bit, wherever in dictionaries and lists the tensors are."""
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected), where
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key in expected:
-            assert_equal(found[key], expected[key], f"{where}[{key!r}]")
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), where
-        for i, pair in enumerate(zip(found, expected, strict=True)):
-            assert_equal(*pair, f"{where}[{i}]")
-    else:
-        assert found == expected, where
 
 
 @pytest.mark.parametrize("baseline, script", [(iql, edis_iql), (cal_ql, edis_cql)], ids=NAMES)

@@ -5,14 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_runs import recorded
 
 import iql
 
 DATA = Path(__file__).parents[1] / "data"
-
-
-def recorded(file, prefix):
-    return {k[len(prefix) :]: torch.from_numpy(v) for k, v in file.items() if k.startswith(prefix)}
 
 
 def test_three_updates_equal_corl():

@@ -6,7 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import ENV, assert_equal, assert_same_end, checkpoint, directory, interrupt, run
+from tiny_runs import (
+    ENV,
+    assert_equal,
+    assert_same_end,
+    checkpoint,
+    directory,
+    interrupt,
+    recorded,
+    run,
+)
 
 import iql
 import pex
@@ -131,10 +140,6 @@ def test_q_and_not_the_target_q_chooses(monkeypatch):
     offline, new = candidates(agent, state)
     better = new if agent.qf(state, new) > agent.qf(state, offline) else offline
     assert close(agent.compose(state.expand(500, -1), epsilon=0.0), better).all()
-
-
-def recorded(file, prefix):
-    return {k[len(prefix) :]: torch.from_numpy(v) for k, v in file.items() if k.startswith(prefix)}
 
 
 def test_three_updates_equal_the_authors_code(monkeypatch):

@@ -157,6 +157,11 @@ def rows_without_rates(path, phase=None):
     return [{k: v for k, v in r.items() if k != "steps_per_second"} for r in found]
 
 
+def recorded(file, prefix):
+    """Tensors of a file of recorded numbers whose names begin with `prefix`, without it."""
+    return {k[len(prefix) :]: torch.from_numpy(v) for k, v in file.items() if k.startswith(prefix)}
+
+
 def assert_equal(found, expected, where="checkpoint"):
     """Equal to the last bit, wherever in dictionaries and lists the tensors are."""
     assert type(found) is type(expected), where
