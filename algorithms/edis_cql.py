@@ -405,7 +405,7 @@ class CalQL:
         self.qf = BatchedTwinQ(*dims, config.q_n_hidden_layers).to(device)
         self.actor = TanhGaussianPolicy(*dims, config.policy_n_hidden_layers).to(device)
         self.q_target = deepcopy(self.qf).requires_grad_(False)
-        # Logs of the entropy temperature and of R's Lagrange multiplier: e at first, or 1 (CORL)
+        # Logs of the temperature, 1 at first, and of R's multiplier: e, or 1 without Lagrange
         log_alpha = nn.Parameter(torch.tensor(0.0))
         log_alpha_prime = nn.Parameter(torch.tensor(1.0 if config.cql_lagrange else 0.0))
         log_alpha_prime.requires_grad_(config.cql_lagrange)

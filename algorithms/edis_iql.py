@@ -1,7 +1,7 @@
 """EDIS-I, offline then online: python algorithms/edis_iql.py --env antmaze-umaze-v2
 
 EDIS (Liu et al., 2024) on implicit Q-learning: this file is algorithms/iql.py plus what is marked
-`# EDIS`. Some updates draw generated rows, the others draw uniformly from all real ones.
+`# EDIS`. Some updates draw generated and online rows, the others uniformly from all real rows.
 
 IQL is Kostrikov et al. (2021); online, half of each of its batches is offline data, as in PEX.
 Equations and tables are the DARE paper's, names and order CORL's: see algorithms/README.md.
@@ -91,7 +91,7 @@ class TrainConfig:
     # EDIS
     edis_start: int = 10_000  # online step of the first training of a model (EDIS)
     edis_freq: int = 10_000  # online steps between trainings, Table 6
-    generated_updates: int = 20  # updates at a training, on generated rows (EDIS); 0: all after it
+    generated_updates: int = 20  # at a training, on generated rows (EDIS); 0: all updates from then
     state_guidance: float = 1.0  # scale of the energy towards the online states
     action_guidance: float = 1.0  # scale of the energy towards the policy's actions
     dynamics_guidance: float = 1.0  # scale of the energy towards the real dynamics

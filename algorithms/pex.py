@@ -615,7 +615,8 @@ def train(config: TrainConfig):
         trainer = ImplicitQLearning(*dims, config)
 
         def evaluate(phase: str, step: int):
-            with torch.random.fork_rng():  # PEX: evaluating draws, which must not change training
+            devices = [torch.cuda.current_device()] if config.device == "cuda" else []
+            with torch.random.fork_rng(devices):  # PEX: its draws must not change training
                 torch.manual_seed(config.eval_seed)
                 returns = eval_actor(eval_envs, trainer, config.n_episodes, config.eval_seed)
             score = 100 * d4rl.get_normalized_score(config.env, float(returns.mean()))

@@ -14,7 +14,6 @@ from d4rl_gymnasium.tasks import (
 from d4rl_gymnasium.transitions import (
     episode_starts,
     qlearning_dataset,
-    return_range,
     sequence_dataset,
 )
 
@@ -32,7 +31,6 @@ __all__ = [
     "make_eval_envs",
     "qlearning_dataset",
     "register_task",
-    "return_range",
     "sequence_dataset",
     "set_env_state",
     "task",

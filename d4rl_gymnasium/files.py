@@ -24,6 +24,8 @@ def write(path: Path, data: bytes | str):
     data = data.encode() if isinstance(data, str) else data
     partial = path.with_name(f"{path.name}.tmp")
     try:
+        if partial.is_symlink():  # else what it leads to would be overwritten
+            partial.unlink()
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()

@@ -357,10 +357,13 @@ def _joined(chunks, folder):
 
 
 def _write(path, arrays, attributes):
-    partial = path.with_name(path.name + ".part")
+    """Write the file whole or not at all; made in memory, for on a full disk HDF5 crashes."""
+    from d4rl_gymnasium.files import write  # here, as it imports torch, which no worker needs
+
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        file.attrs.update(attributes)
+        for key, array in arrays.items():
+            file.create_dataset(key, data=array, compression="gzip", compression_opts=1)
     with writing(path):
-        with h5py.File(partial, "w") as file:
-            file.attrs.update(attributes)
-            for key, array in arrays.items():
-                file.create_dataset(key, data=array, compression="gzip", compression_opts=1)
-        os.replace(partial, path)
+        write(path, content.getvalue())

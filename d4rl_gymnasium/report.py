@@ -1,14 +1,16 @@
 """What a data set holds, and whether the simulator here is the one that made it."""
 
 import csv
-import os
+import io
+from pathlib import Path
 
 import gymnasium
 import numpy as np
 
-from d4rl_gymnasium.antmaze import MAZES, cell_center, cells
+from d4rl_gymnasium.antmaze import CELL_SIZE, MAZES, cell_center, cells
 from d4rl_gymnasium.d4rl_files import known_of
 from d4rl_gymnasium.data import STEP_KEYS, DatasetError, get_dataset
+from d4rl_gymnasium.files import save_figure, write
 from d4rl_gymnasium.tasks import get_normalized_score, task
 
 QUANTILES = (0, 10, 50, 90, 100)
@@ -89,8 +91,7 @@ def visited_cells(env_id, dataset):
     maze = MAZES[task(env_id).env_id.split("-")[1]]["task"]
     free = {cell for kind in ".rg" for cell in cells(maze, kind)}
     start = np.array(cells(maze, "r")[0])
-    spacing = cell_center(maze, start + 1)[0]
-    columns_rows = np.round(dataset["observations"][:, :2] / spacing).astype(int)
+    columns_rows = np.round(dataset["observations"][:, :2] / CELL_SIZE).astype(int)
     found = {(int(row), int(col)) for col, row in np.unique(columns_rows, axis=0) + start[::-1]}
     return found & free, free
 
@@ -150,18 +151,15 @@ def row(env_id, data, found):
 
 def write_csv(rows, path):
     """Write rows with the union of their columns, whole or not at all."""
-    partial = f"{path}.partial"
-    with open(partial, "w", newline="") as file:
-        columns = list(dict.fromkeys(name for one in rows for name in one))
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+    columns, file = list(dict.fromkeys(name for one in rows for name in one)), io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(Path(path), file.getvalue())
 
 
 def picture(env_id, dataset, path):
     """Draw a PNG: the episodes' scores, or for AntMaze where the ant was, started and had to go."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -180,15 +178,14 @@ def picture(env_id, dataset, path):
         ax.set(xlabel="normalized score of an episode", ylabel="episodes")
     ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{env_id}: {len(dataset['rewards']):,} transitions", fontsize=10)
-    FigureCanvasAgg(figure).print_png(str(path))
+    save_figure(Path(path), figure)
 
 
 def _draw_maze(ax, env_id, dataset, starts):
     maze = MAZES[task(env_id).env_id.split("-")[1]]["task"]
-    size = cell_center(maze, np.array(cells(maze, "r")[0]) + 1)[0]
     for wall in cells(maze, "#"):
-        corner = cell_center(maze, wall) - size / 2
-        ax.add_patch(_square(corner, size))
+        corner = cell_center(maze, wall) - CELL_SIZE / 2
+        ax.add_patch(_square(corner, CELL_SIZE))
     xy = dataset["observations"][:: max(1, len(dataset["rewards"]) // 50_000), :2]
     ax.scatter(*xy.T, s=1, color="C0", alpha=0.2, lw=0, label="visited", rasterized=True)
     ax.scatter(*dataset["observations"][starts, :2].T, s=12, color="C1", label="starts")

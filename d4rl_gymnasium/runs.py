@@ -19,6 +19,7 @@ import yaml
 from filelock import Timeout
 
 from d4rl_gymnasium.download import DatasetError, one_line
+from d4rl_gymnasium.tasks import TASKS
 
 CURES = {  # of what a file system refuses
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room, then the same command resumes",
@@ -148,7 +149,7 @@ def _check_presets(config_class):
                 f"PRESETS give {name}, but TrainConfig has {defaults[name]} for all tasks: write "
                 "None there, and the value in PRESETS"
             )
-    families = {k: v for k, v in _presets(config_class).items() if not k.endswith("-v2")}
+    families = {k: v for k, v in _presets(config_class).items() if k not in TASKS}
     for name in [name for name, default in defaults.items() if default is None]:
         if lacking := [family for family, values in families.items() if name not in values]:
             raise ValueError(
@@ -161,7 +162,7 @@ def _by_task(config_class, field):
     """The values that a script's PRESETS have for a field."""
     presets = _presets(config_class)
     found = {key: values[field] for key, values in presets.items() if field in values}
-    families = [f"{key} {value}" for key, value in found.items() if not key.endswith("-v2")]
+    families = [f"{key} {value}" for key, value in found.items() if key not in TASKS]
     more = ["others in PRESETS"] * (len(found) > len(families))
     return ", ".join(families + more) or "None"
 
@@ -232,6 +233,8 @@ def wandb_init(mode: str, **settings):
                     **settings,
                 )  # fmt: skip
             except Exception as error:  # of many kinds
+                if attempt == modes[-1]:
+                    raise
                 reason, following = one_line(error)[:200], modes[modes.index(attempt) + 1]
                 print(f"wandb: {following}, since {attempt} is not possible ({reason})", flush=True)
     finally:

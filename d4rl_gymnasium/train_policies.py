@@ -102,7 +102,7 @@ def write_log(directory, rows):
     """Writes a run's log of returns, whole or not at all."""
     partial = directory / "returns.partial"
     with open(partial, "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
     os.replace(partial, directory / "returns.csv")
 
 

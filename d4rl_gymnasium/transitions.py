@@ -58,7 +58,8 @@ def qlearning_dataset(
     if not in_order:
         print(
             f"data: {source} has next observations that are not those of the next rows; they are "
-            "used, and each row is a transition",
+            "used, and each row is a transition. Returns (of --normalize_reward and Cal-QL) are sums "
+            "over rows that follow each other",
             flush=True,
         )
         rows = np.arange(len(terminals))
@@ -140,22 +141,6 @@ def episode_starts(dataset):
     joined = (observations[1:] == following[:-1]).all(1)
     first[1:] = dataset["terminals"][:-1].astype(bool) | ~joined
     return np.flatnonzero(first)
-
-
-def return_range(dataset):
-    """Difference of the largest and the smallest return of the episodes of a `qlearning_dataset`.
-
-    Raises:
-        DatasetError: all returns are equal, so that nothing can be divided by it.
-    """
-    starts = episode_starts(dataset)
-    returns = np.add.reduceat(dataset["rewards"].astype(np.float64), starts)
-    if returns.max() == returns.min():
-        raise DatasetError(
-            f"rewards cannot be normalized by the range of returns, which is 0 ({len(starts):,} "
-            f"episodes, each of return {returns[0]:g}): leave --normalize_reward out"
-        )
-    return float(returns.max() - returns.min())
 
 
 def timeouts_of(dataset, limit, behind_timeout=0):

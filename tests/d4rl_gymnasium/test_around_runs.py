@@ -13,6 +13,7 @@ from filelock import Timeout
 
 from d4rl_gymnasium.data import DatasetError
 from d4rl_gymnasium.runs import check_name, errors_in_one_line, parse, wandb_init
+from d4rl_gymnasium.tasks import TASKS
 
 # --- Names and settings ---
 
@@ -121,7 +122,8 @@ class ByTask:
 
 
 def test_a_setting_of_none_needs_a_preset_of_each_family(monkeypatch):
-    presets = {"a": {}, "b": {"rate": 1.0}, "c": {}, "task-v2": {}}
+    presets = {"a": {}, "b": {"rate": 1.0}, "c": {}, "hopper-medium-v2": {}, "pendulum-v0": {}}
+    monkeypatch.setitem(TASKS, "pendulum-v0", None)  # as register_task does
     monkeypatch.setattr(sys.modules[__name__], "PRESETS", presets, raising=False)
     with pytest.raises(SystemExit, match="^error: TrainConfig has None for rate: write a value for "
                                          "a and c in PRESETS"):  # fmt: skip

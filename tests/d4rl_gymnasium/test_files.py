@@ -152,6 +152,15 @@ def assert_damaged(file):
     assert message.startswith(f"{file} is damaged (") and "\n" not in message
 
 
+def test_what_a_link_in_the_way_leads_to_is_left_alone(tmp_path):
+    other = tmp_path / "other"
+    other.write_text("mine")
+    (tmp_path / "file.tmp").symlink_to(other)
+    write(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new" and not (tmp_path / "file").is_symlink()
+    assert other.read_text() == "mine"
+
+
 def test_a_changed_bit_is_seen_or_does_not_matter(file):
     """Wherever it is: in the numbers, the names, the sizes, the checksums or the padding."""
     data, n_damaged = file.read_bytes(), 0

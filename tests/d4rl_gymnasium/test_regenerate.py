@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -277,6 +278,17 @@ def test_a_full_disk_under_the_workers_is_named(policies, monkeypatch, tmp_path)
         d4rl.get_dataset("hopper-medium-v2", "regenerated", 100)
     assert str(raised.value).startswith(f"cannot write {path} (No space left on device): make room")
     assert [file.suffix for file in path.parent.iterdir()] == [".lock"]
+
+
+def test_a_disk_that_fills_at_the_last_write_is_named_and_nothing_is_left(policies, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    request = ("hopper-random-v2", "regenerated", 60)
+    with pytest.raises(d4rl.DatasetError, match="cannot write .*No space left on device"):
+        d4rl.get_dataset(*request)
+    assert [file.suffix for file in d4rl.dataset_path(*request).parent.iterdir()] == [".lock"]
 
 
 def test_two_requests_at_once_make_one_file(policies, monkeypatch):

@@ -126,38 +126,3 @@ def test_shuffled_rows_are_no_sequences():
     arrays = {key: array[::-1] for key, array in steps(70).items()}
     with pytest.raises(d4rl.DatasetError, match="rows are no episodes in order"):
         next(d4rl.sequence_dataset(HOPPER, arrays))
-
-
-def test_the_range_of_returns():
-    """Of the episodes of the transitions: 2 + 3, 1, and 4 - 1."""
-    observations = np.arange(5.0)[:, None]
-    following = observations + 1
-    following[2] = 9.0
-    dataset = {
-        "observations": observations,
-        "next_observations": following,
-        "rewards": np.array([2.0, 3.0, 1.0, 4.0, -1.0], np.float32),
-        "terminals": np.array([False, True, False, False, False]),
-    }
-    assert d4rl.return_range(dataset) == 4.0
-
-
-EQUAL = {
-    "one episode": (np.ones(500), np.zeros(500, bool), "1 episodes, each of return 499"),
-    "no reward": (np.zeros(500), np.arange(500) % 50 == 49, "10 episodes, each of return 0"),
-    "two rows": (np.ones(2), np.zeros(2, bool), "1 episodes, each of return 1"),
-}
-
-
-@pytest.mark.parametrize(("rewards", "terminals", "words"), EQUAL.values(), ids=EQUAL)
-def test_equal_returns_have_no_range(rewards, terminals, words):
-    n = len(rewards)
-    arrays = {
-        "observations": np.random.default_rng(0).standard_normal((n, 11)),
-        "actions": np.zeros((n, 3)),
-        "rewards": rewards,
-        "terminals": terminals,
-    }
-    dataset = d4rl.qlearning_dataset(HOPPER, dataset=arrays)
-    with pytest.raises(d4rl.DatasetError, match=f"{words}.: leave --normalize_reward out"):
-        d4rl.return_range(dataset)
