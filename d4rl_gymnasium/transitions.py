@@ -58,8 +58,8 @@ def qlearning_dataset(
     if not in_order:
         print(
             f"data: {source} has next observations that are not those of the next rows; they are "
-            "used, and each row is a transition. Returns (of --normalize_reward and Cal-QL) are sums "
-            "over rows that follow each other",
+            "used, and each row is a transition. Returns (of --normalize_reward and Cal-QL) are "
+            "sums over rows that follow each other",
             flush=True,
         )
         rows = np.arange(len(terminals))

@@ -366,7 +366,7 @@ LONGER_REPLAY = replace(
     title="Twice the online steps on a replay buffer, with networks of the published size",
     parts=[
         (
-            "iql dare_iql_no_exchange dare_iql_resample_random dare_iql_resample",
+            "iql dare_iql_no_exchange dare_iql_resample_random dare_iql_resample dare_iql",
             ["halfcheetah-medium-replay-v2"],
         )
     ],
