@@ -651,7 +651,7 @@ def deviation_block() -> str:
 # Written as a whole, from the records beside them.
 PAGES = {f"results/{name}/README.md": functools.partial(record_page, name) for name in STUDY}
 # Written between the marks <!-- NAME: python results/tables.py pages --> and <!-- end of NAME -->,
-# in those of these pages that have them.
+# in these pages.
 BLOCKS = {"full_size": full_size_block, "scores": score_readings_block}
 BLOCKS["deviation"] = deviation_block
 MARKED = "README.md", "results/README.md"
