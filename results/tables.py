@@ -573,7 +573,7 @@ def record_page(name: str) -> str:
 
 STUDY = (
     "full_size",
-    "longer_replay",
+    "longer",
     "readings",
     "finetuning",
     "finetuning_replay",

@@ -360,18 +360,19 @@ READINGS = replace(
         "walker2d-medium-replay-v2": {"offline_iterations": 200_000},
     },
 )
-# On the task where an exchange helps: does its gain last, by the scores and at random?
-LONGER_REPLAY = replace(
+# Does the gain of an exchange last and grow? On data of many policies, and of one.
+LONGER_RUNS = replace(
     FULL_SIZE,
-    title="Twice the online steps on a replay buffer, with networks of the published size",
+    title="Twice the online steps on halfcheetah, with networks of the published size",
     parts=[
         (
             "iql dare_iql_no_exchange dare_iql_resample_random dare_iql_resample dare_iql",
-            ["halfcheetah-medium-replay-v2"],
+            ["halfcheetah-medium-replay-v2", "halfcheetah-medium-v2"],
         )
     ],
     seeds=(6, 7, 8),
-    task_settings={"halfcheetah-medium-replay-v2": {"online_iterations": 50_000}},
+    settings={"data": "regenerated", "online_iterations": 50_000},
+    task_settings={},
 )
 FINETUNING_CQL = replace(
     FINETUNING,
@@ -407,14 +408,14 @@ EXPERIMENTS["finetuning"] = FINETUNING
 EXPERIMENTS["finetuning_replay"] = FINETUNING_REPLAY
 EXPERIMENTS["finetuning_cql"] = FINETUNING_CQL
 EXPERIMENTS["full_size"] = FULL_SIZE
-EXPERIMENTS["longer_replay"] = LONGER_REPLAY
+EXPERIMENTS["longer"] = LONGER_RUNS
 EXPERIMENTS["readings"] = READINGS
 EXPERIMENTS["regenerated"] = REGENERATED
 PICTURES["full_size"] = replace(
     FULL_SIZE,
     parts=[("iql pex dare_iql_no_exchange dare_iql_resample_random dare_iql", FULL_SIZE.tasks)],
 )
-PICTURES["longer_replay"] = LONGER_REPLAY
+PICTURES["longer"] = LONGER_RUNS
 PICTURES["finetuning_cql"] = replace(
     FINETUNING_CQL,
     parts=[

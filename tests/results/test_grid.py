@@ -76,7 +76,7 @@ def test_experiments_are_methods_and_tasks_that_exist():
         "finetuning_cql",
         "finetuning_replay",
         "full_size",
-        "longer_replay",
+        "longer",
         "readings",
         "regenerated",
     ]
@@ -93,7 +93,7 @@ def test_experiments_are_methods_and_tasks_that_exist():
         ("finetuning", "halfcheetah", 10),
         ("finetuning_replay", "v2", 8),
         ("finetuning_cql", "v2", 5),
-        ("longer_replay", "v2", 5),
+        ("longer", "v2", 5),
         ("readings", "v2", 18),
         ("regenerated", "v2", 8),
     ],
