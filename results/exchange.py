@@ -4,8 +4,8 @@
 
 RUN_DIR is the folder of a run of dare_iql.py, or of a copy of it, with its checkpoint.pt at any
 online step with updates. For several steps give the run a smaller --online_iterations, call this
-program, and go on with a larger one. Each call appends its rows to --csv and draws --picture from
-all rows there.
+program, and go on with a larger one. Each call appends its rows to --csv, where those of the same
+run and step are replaced, and draws --picture from all rows of this run there.
 
 2,500 rows of the data and 2,500 online ones are scored by the checkpoint's reference policy. The
 table has the separation point and the share of rows exchanged; for each of 40 bins of the score the
@@ -34,6 +34,7 @@ from figures import STYLE, grid  # noqa: E402
 from lib.records import csv_text, read_rows  # noqa: E402
 
 N_ROWS, N_BINS, BATCH, HORIZON = 2_500, 40, 250, 500
+RUN = "env", "name", "seed"
 
 
 def returns_to_go(rows, discount: float) -> np.ndarray:
@@ -54,6 +55,7 @@ def returns_to_go(rows, discount: float) -> np.ndarray:
     return np.where(known, returns, np.nan)
 
 
+@torch.enable_grad()  # for a behavior model that the cache lacks
 def restored(folder: Path):
     """Script, config, step, agent, sampler, data and filled online buffer of a run's checkpoint.
 
@@ -185,18 +187,17 @@ def main():
     with errors_in_one_line():
         old = read_rows(args.csv)
         new = rows_of(args.run.resolve())
-        key = ("env", "name", "seed")
-        if any(tuple(row.get(k) for k in key) != tuple(new[0][k] for k in key) for row in old):
-            sys.exit(f"error: {args.csv} is of another run: name another file")
-        rows = [row for row in old if row["step"] != new[0]["step"]] + new
-        write(args.csv, csv_text(rows))
+        own = [new[0][k] for k in RUN]
+        others = [row for row in old if [row[k] for k in (*RUN, "step")] != [*own, new[0]["step"]]]
+        write(args.csv, csv_text(others + new))
         print(f"step {new[0]['step']:,}: {100 * new[0]['exchanged']:.1f}% of each half exchanged")
         for row in (row for row in new if "q" in row):
             means = f"mean Q {row['q']:.1f}, return {row['return']:.1f}"
             print(f"step {row['step']:,}: {row['group']}: {row['n']} rows, {means}")
         if args.picture:
             with matplotlib.style.context(STYLE):
-                save_figure(args.picture, draw(read_rows(args.csv)))
+                rows = [row for row in read_rows(args.csv) if [row[k] for k in RUN] == own]
+                save_figure(args.picture, draw(rows))
 
 
 if __name__ == "__main__":

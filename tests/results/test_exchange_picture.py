@@ -18,6 +18,7 @@ from d4rl_gymnasium.files import load, save
 from lib.records import read_rows
 
 DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
+ENV = "hopper-medium-v2"
 
 
 def transitions(states, next_states, rewards, terminals):
@@ -150,34 +151,57 @@ def test_readings_are_distinct_and_one_is_the_runs_own():
     assert {x["guidance_scale"] for x in scores.readings(0.0, "resample")} == {0.0, 1.0}
 
 
-def test_two_steps_of_a_run_and_what_is_refused(tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """Command line of small runs of dare_iql.py in a folder of this module."""
     settings = dict(data=DATA, device="cpu", n_episodes=1, n_support=2, n_support_states=20)
     settings |= dict(behavior_iterations=5, behavior_batch_size=8, behavior_width=8)
     settings |= dict(energy_hidden=8, energy_iterations=2, energy_batch_size=8, diffusion_steps=2)
     settings |= dict(hidden_dim=8, batch_size=16, offline_iterations=2, log_freq=10)
     settings |= dict(initial_collection_steps=30, eval_freq=100, wandb="disabled")
-    flags = ["--env", "hopper-medium-v2", "--runs_dir", str(tmp_path)]
-    flags += [x for key, value in settings.items() for x in (f"--{key}", str(value))]
-    table, picture = tmp_path / "rows.csv", tmp_path / "x.png"
+    settings |= dict(env=ENV, runs_dir=tmp_path_factory.mktemp("runs"))
+    return [x for key, value in settings.items() for x in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def train(flags):
+    """Runs dare_iql.py to an online step, and returns the run's folder."""
+
+    def run(name, step, *more):
+        dare_iql.main([*flags, "--name", name, "--online_iterations", str(step), *more])
+        return Path(flags[-1], name, ENV, "seed_0")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(train):
+    """A guided run, at step 90."""
+    return train("dare_iql", 90)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Calls main of a program with a command line, after which its table is read."""
     monkeypatch.setattr(exchange, "N_ROWS", 200)
     monkeypatch.setattr(scores, "N_ROWS", 200)
 
-    def report(name):
-        folder = tmp_path / name / "hopper-medium-v2" / "seed_0"
-        args = ["exchange.py", str(folder), "--csv", str(table), "--picture", str(picture)]
-        monkeypatch.setattr(sys, "argv", args)
-        exchange.main()
-        return read_rows(table)
+    def table_of(program, *args):
+        monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, args)])
+        program.main()
+        return read_rows(args[args.index("--csv") + 1])
 
-    with pytest.raises(SystemExit, match="has no config.yaml: name the folder of a run"):
-        report("dare_iql")
-    found = {}
-    for step in (60, 90):
-        dare_iql.main([*flags, "--online_iterations", str(step), "--name", "dare_iql"])
-        found[step] = report("dare_iql")
-        assert report("dare_iql") == found[step]  # the same step again takes its place
-    rows, first = found[90], found[60]
-    assert rows[: len(first)] == first and {row["step"] for row in rows} == {60, 90}
+    return table_of
+
+
+def test_two_steps_of_a_run_are_described_and_drawn(tmp_path, train, folder, call, capsys):
+    table, picture = tmp_path / "rows.csv", tmp_path / "x.png"
+    args = "--csv", table, "--picture", picture
+    first = call(exchange, train("two_steps", 60), *args)
+    assert call(exchange, train("two_steps", 90), *args)[: len(first)] == first
+    rows = call(exchange, folder.parents[1].with_name("two_steps") / ENV / "seed_0", *args)
+    assert rows[: len(first)] == first  # the same step again takes its place
+    assert {row["step"] for row in rows} == {60, 90}
     for step in (60, 90):
         bins = [row for row in rows if row["step"] == step and "score" in row]
         width = bins[1]["score"] - bins[0]["score"]
@@ -190,49 +214,55 @@ def test_two_steps_of_a_run_and_what_is_refused(tmp_path, monkeypatch, capsys):
         assert 0 < sum(groups.values()) <= 400
     assert picture.stat().st_size > 5_000
     assert "step 90: online, moved: " in capsys.readouterr().out
+    both = call(exchange, folder, *args)  # another run: a table may have several
+    assert both[: len(rows)] == rows and {row["name"] for row in both} == {"two_steps", "dare_iql"}
 
-    folder, table_2 = tmp_path / "dare_iql" / "hopper-medium-v2" / "seed_0", tmp_path / "auc.csv"
-    monkeypatch.setattr(sys, "argv", ["scores.py", str(folder), "--csv", str(table_2)])
-    readings = scores.readings
-    scores.main()
-    rows = read_rows(table_2)
+
+def test_readings_of_a_score_do_not_depend_on_their_order(
+    tmp_path, train, folder, call, monkeypatch
+):
+    table, readings = tmp_path / "auc.csv", scores.readings
+    rows = call(scores, folder, "--csv", table)
     assert len(rows) == 7 and {row["step"] for row in rows} == {90}
     assert all(0 <= row[k] <= 1 for row in rows for k in ("auc", "auc_newest"))
     assert len({(row["auc"], row["mu_offline"], row["mu_online"]) for row in rows}) == 7
-    scores.main()
-    assert read_rows(table_2) == rows  # the same step again takes its place
+    assert call(scores, folder, "--csv", table) == rows  # the same step again takes its place
     monkeypatch.setattr(scores, "readings", lambda *args: readings(*args)[::-1])
-    scores.main()  # in another order: a reading does not depend on those before it
-    assert read_rows(table_2) == rows[::-1]
-    more = ["--online_iterations", "60", "--reference", "resample", "--name", "resample"]
-    dare_iql.main([*flags, *more])
-    folder_2 = tmp_path / "resample" / "hopper-medium-v2" / "seed_0"
-    monkeypatch.setattr(sys, "argv", ["scores.py", str(folder_2), "--csv", str(table_2)])
-    scores.main()
-    monkeypatch.setattr(scores, "readings", readings)
-    once = [row for row in read_rows(table_2) if row["name"] == "resample"]
-    scores.main()
-    found = [row for row in read_rows(table_2) if row["name"] == "resample"]
-    assert found == once[::-1]
-    assert len({(row["auc"], row["mu_offline"], row["mu_online"]) for row in found}) == 7
+    assert call(scores, folder, "--csv", table) == rows[::-1]
 
-    table_3 = tmp_path / "std.csv"
-    monkeypatch.setattr(sys, "argv", ["deviation.py", str(folder), "--csv", str(table_3)])
-    for _ in range(2):  # the same run again takes its place
-        deviation.main()
-    (row,) = read_rows(table_3)
+    resampled = train("resample", 60, "--reference", "resample")
+    monkeypatch.setattr(scores, "readings", readings)
+    once = [r for r in call(scores, resampled, "--csv", table) if r["name"] == "resample"]
+    monkeypatch.setattr(scores, "readings", lambda *args: readings(*args)[::-1])
+    again = [r for r in call(scores, resampled, "--csv", table) if r["name"] == "resample"]
+    assert again == once[::-1]
+    assert len({(row["auc"], row["mu_offline"], row["mu_online"]) for row in once}) == 7
+
+
+def test_scores_are_the_same_with_a_behavior_model_that_is_fitted_again(tmp_path, train, call):
+    folder = train("no_cache", 60)
+    rows = call(scores, folder, "--csv", tmp_path / "auc.csv")
+    cached = list((folder.parents[2] / "cache").glob("*.pt"))
+    for file in cached:
+        file.unlink()
+    assert cached and call(scores, folder, "--csv", tmp_path / "auc.csv") == rows
+
+
+def test_the_deviation_of_a_run_is_that_of_its_files(tmp_path, folder, call):
+    table = tmp_path / "std.csv"
+    row, *_ = call(deviation, folder, "--csv", table)
+    assert call(deviation, folder, "--csv", table) == [row]  # the same run again takes its place
     assert [row[k] for k in ("method", "seed", "step")] == ["dare_iql", 0, 90]
     for name, column in (("offline.pt", "before"), ("checkpoint.pt", "after")):
         log_std = load(folder / name)["trainer"]["actor"]["log_std"]
         assert row[column] == pytest.approx(log_std.exp().mean().item(), rel=1e-5)
-    monkeypatch.setattr(sys, "argv", ["deviation.py", str(tmp_path)])
-    with pytest.raises(SystemExit, match="has no config.yaml: name the folder of a run"):
-        deviation.main()
 
-    text = table.read_text()
-    table.write_text(text.replace("hopper-medium-v2", "hopper-medium-replay-v2"))
-    with pytest.raises(SystemExit, match="rows.csv is of another run: name another file"):
-        report("dare_iql")
-    dare_iql.main([*flags, "--online_iterations", "60", "--exchange", "none", "--name", "none"])
+
+def test_what_is_no_run_with_an_exchange_is_refused(tmp_path, train, call):
+    table = tmp_path / "rows.csv"
+    for program in (exchange, scores, deviation):
+        with pytest.raises(SystemExit, match="has no config.yaml: name the folder of a run"):
+            call(program, tmp_path, "--csv", table)
     with pytest.raises(SystemExit, match="is no run of dare_iql.py, or a copy"):
-        report("none")
+        call(exchange, train("none", 60, "--exchange", "none"), "--csv", table)
+    assert not table.exists()
