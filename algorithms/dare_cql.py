@@ -65,7 +65,7 @@ class TrainConfig:
     eval_seed: int = 42  # of the resets of every evaluation
     eval_freq: int = 10_000  # online steps between evaluations
     offline_eval_freq: int = 50_000  # offline updates between evaluations
-    n_episodes: int = None  # episodes of an evaluation
+    n_episodes: int = None  # episodes per evaluation
     offline_iterations: int = 1_000_000  # offline updates (Sec. 7.1)
     online_iterations: int = 200_000  # online environment steps (Sec. 7.1)
     initial_collection_steps: int = 5_000  # first online steps, without updates (PEX)
@@ -74,7 +74,7 @@ class TrainConfig:
     runs_dir: str = "runs"  # a run writes runs_dir/name/env/seed_N
     log_freq: int = 1_000  # steps between rows of train.csv, which are means over them
     checkpoint_freq: int = 10_000  # steps between checkpoints, or ten minutes if that comes first
-    threads: int = 1  # CPU threads; on two cores rather make two runs of one thread each
+    threads: int = 1  # CPU threads; to use two cores, start two runs of one thread each
     precision: str = "fp32"  # of the networks' matrix products: fp32 or bf16
     compile: bool = False  # compile the updates; needs a C++ compiler
     cuda_graph: bool = False  # on CUDA, replay each update as one graph
@@ -148,7 +148,7 @@ class TrainConfig:
         check_name(self.name)
         if 0 < self.online_iterations <= self.initial_collection_steps:
             raise ValueError("--online_iterations must be 0, or above --initial_collection_steps")
-        self.n_offline = round(self.batch_size * self.mixing_ratio)  # these rows stand first
+        self.n_offline = round(self.batch_size * self.mixing_ratio)  # the first rows of a batch
         if not 0 < self.n_offline < self.batch_size:
             raise ValueError(f"--mixing_ratio {self.mixing_ratio} leaves one half empty")
         if self.cql_temp == 0:
@@ -221,7 +221,7 @@ class ReplayBuffer:
     """Transitions as rows of one tensor, so that a batch is one look-up."""
 
     def __init__(self, state_dim: int, action_dim: int, buffer_size: int, device: str = "cpu"):
-        s, a, n = state_dim, action_dim, len(TensorBatch._fields) - 4  # n columns after s'
+        s, a, n = state_dim, action_dim, len(TensorBatch._fields) - 4  # n scalars follow s'
         self._columns = [slice(s), slice(s, s + a), s + a, slice(s + a + 1, -n), *range(-n, 0)]
         self._data = torch.zeros(buffer_size, 2 * s + a + 1 + n, device=device)
         self.size = torch.zeros((), dtype=torch.int64, device=device)
@@ -246,7 +246,7 @@ class ReplayBuffer:
         rows = self._data[index]
         return TensorBatch(*(rows[:, column] for column in self._columns))
 
-    def draw(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
+    def sample_indices(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
         """Indices [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
         # randint takes no tensor as its bound, and only a tensor grows in a replayed CUDA graph.
         draws = torch.randint(1 << 62, (batch_size,), device=self._data.device)
@@ -254,7 +254,7 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> TensorBatch:
         """Draw rows uniformly, with replacement."""
-        return self.rows(self.draw(batch_size))
+        return self.rows(self.sample_indices(batch_size))
 
     def state_dict(self) -> dict:
         """The filled rows."""
@@ -348,7 +348,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., dims[0]] to [..., dims[-1]]."""
-        return self.net(x).float()  # products in bf16 end here
+        return self.net(x).float()  # fp32 again after products in bf16
 
 
 class TanhGaussian(NamedTuple):
@@ -436,7 +436,7 @@ class CalQL:
             {"params": [*self.qf.parameters(), log_alpha_prime], "lr": config.qf_lr},
             {"params": [*self.actor.parameters(), log_alpha], "lr": config.policy_lr},
         ]
-        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=True)
+        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=True)  # for CUDA graphs
         self.target_entropy = -float(action_dim)
         self.config, self.online = config, False
         self.total_it = torch.zeros((), dtype=torch.int64, device=device)
@@ -567,11 +567,11 @@ def alignment_score(
     """KL divergence of actions [B, A] from each of R reference actions [B, R, A], Eq. 7; [B].
 
     gaussian_kl takes actions as means of Gaussians with covariance I, softmax_kl as logits of
-    categorical distributions. With R > 1: the soft minimum -log mean exp(-KL).
+    categorical distributions. With R > 1: -log mean exp(-KL), a soft minimum. Low: offline-like.
     """
     if align == "gaussian_kl":
         divergence = 0.5 * (actions[:, None] - reference_actions).square().sum(-1)
-    else:
+    elif align == "softmax_kl":
         log_p, log_q = actions[:, None].log_softmax(-1), reference_actions.log_softmax(-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     return math.log(divergence.shape[1]) - torch.logsumexp(-divergence, 1)
@@ -631,7 +631,7 @@ def exchange(
         x, y = torch.rand_like(x), torch.rand_like(y)
     n_offline, n_pairs = len(x), min(len(x), len(y))
     i = x.argsort(descending=True, stable=True)[:n_pairs]
-    j = y.argsort(stable=True)[:n_pairs] + n_offline
+    j = y.argsort(stable=True)[:n_pairs] + n_offline  # positions in the concatenated batch
     swap = torch.arange(n_pairs, device=i.device) < exchanged  # i[:exchanged] would wait for a GPU
     index = torch.arange(n_offline + len(y), device=i.device)
     index[i], index[j] = torch.where(swap, j, i), torch.where(swap, i, j)
@@ -708,10 +708,10 @@ class Run:
         self.clock = self.last_save = time.perf_counter()
 
     def add(self, log_dict: dict[str, torch.Tensor]):
-        """Sum what an update logs, on the device; its names are the same throughout a phase."""
-        if self.sums.keys() != log_dict.keys():  # none yet, or those of another version
+        """Add what an update logs to the sums, on the device; other names start them anew."""
+        if self.sums.keys() != log_dict.keys():  # a new log interval, or a script edited meanwhile
             self.sums, self.n_sums = {k: torch.zeros_like(x) for k, x in log_dict.items()}, 0
-        torch._foreach_add_([self.sums[name] for name in log_dict], list(log_dict.values()))
+        torch._foreach_add_(list(self.sums.values()), [log_dict[k].detach() for k in self.sums])
         self.n_sums += 1
 
     def log_means(self, phase: str, step: int):
@@ -790,7 +790,7 @@ class Run:
 def accelerate(update, config: TrainConfig):
     """An update without arguments, in config.precision, compiled, or as a CUDA graph.
 
-    For a graph the first three calls warm up, the fourth records, later ones replay: an update may
+    For a graph the first three calls warm up, the fourth captures, later ones replay: an update may
     change tensors in place only, and the next call overwrites its results.
     """
     if config.compile:
@@ -805,7 +805,7 @@ def accelerate(update, config: TrainConfig):
     def replay():
         nonlocal calls, results
         calls += 1
-        if calls <= 3:  # on a stream of their own, as PyTorch asks for before a recording
+        if calls <= 3:  # warm-up on a side stream, as torch.cuda.graph requires
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 results = update()
@@ -894,11 +894,11 @@ def train(config: TrainConfig):
                 lambda update: accelerate(update, config))  # fmt: skip
 
         def dare_update() -> dict[str, torch.Tensor]:  # DARE: lines 5 to 10 of Algorithm 1
-            log_dict = sampler.train()  # line 10, of the iteration before
-            i = offline_buffer.draw(config.n_offline)
+            log_dict = sampler.train()  # line 10 of the previous iteration
+            i = offline_buffer.sample_indices(config.n_offline)
             # Support actions come 100 states at a time: the newest online rows may lack them.
             n_rows = sampler.n_online if config.reference == "resample" else None
-            j = online_buffer.draw(config.batch_size - config.n_offline, n_rows)
+            j = online_buffer.sample_indices(config.batch_size - config.n_offline, n_rows)
             batches = offline_buffer.rows(i), online_buffer.rows(j)
             states = torch.cat([batch.observations for batch in batches])
             actions = torch.cat([batch.actions for batch in batches])
@@ -906,7 +906,7 @@ def train(config: TrainConfig):
             scores = scores.split([len(i), len(j)])  # of the offline and of the online half
             if config.exchange == "direct":
                 *batches, exchanged, separation = direct_exchange(*batches, *scores)
-            else:
+            elif config.exchange in ("gaussian", "random"):
                 cap, at_random = config.max_exchange, config.exchange == "random"
                 *batches, exchanged, separation = exchange(*batches, *scores, cap, at_random)
             assert len(batches[0].rewards) == config.n_offline  # the losses split the batch there
@@ -921,7 +921,7 @@ def train(config: TrainConfig):
             start = 0
             evaluate("online", 0)
             run.save("online", 0, parts)
-        run.clock = time.perf_counter()  # steps_per_second is of steps alone
+        run.clock = time.perf_counter()  # steps_per_second leaves the set-up out
         for step in tqdm(range(start, last), "online", last, initial=start, disable=None):
             state = env.last_observation
             action = trainer.act(state[None])[0]
@@ -929,7 +929,7 @@ def train(config: TrainConfig):
                 sampler.add_support(step)
                 if step == config.initial_collection_steps:
                     sampler.fit_energy()
-            # Before env.step, which then runs while a GPU is at work on the updates.
+            # Before env.step, so that the CPU steps while a GPU computes the updates.
             for _ in range(config.utd if step >= config.initial_collection_steps else 0):
                 run.add(update())
             next_state, reward, terminated, truncated, _ = env.step(action)

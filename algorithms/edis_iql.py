@@ -62,7 +62,7 @@ class TrainConfig:
     eval_seed: int = 42  # of the resets of every evaluation
     eval_freq: int = 10_000  # online steps between evaluations
     offline_eval_freq: int = 50_000  # offline updates between evaluations
-    n_episodes: int = None  # episodes of an evaluation
+    n_episodes: int = None  # episodes per evaluation
     offline_iterations: int = 1_000_000  # offline updates (Sec. 7.1)
     online_iterations: int = 200_000  # online environment steps (Sec. 7.1)
     initial_collection_steps: int = 5_000  # first online steps, without updates (PEX)
@@ -71,12 +71,12 @@ class TrainConfig:
     runs_dir: str = "runs"  # a run writes runs_dir/name/env/seed_N
     log_freq: int = 1_000  # steps between rows of train.csv, which are means over them
     checkpoint_freq: int = 10_000  # steps between checkpoints, or ten minutes if that comes first
-    threads: int = 1  # CPU threads; on two cores rather make two runs of one thread each
+    threads: int = 1  # CPU threads; to use two cores, start two runs of one thread each
     precision: str = "fp32"  # of the networks' matrix products: fp32 or bf16
     compile: bool = False  # compile the updates; needs a C++ compiler
     cuda_graph: bool = False  # on CUDA, replay each update as one graph
     # IQL
-    batch_size: int = 256  # rows of a batch, Table 5
+    batch_size: int = 256  # rows per batch, Table 5
     mixing_ratio: float = 0.5  # offline share of an online batch (PEX)
     discount: float = 0.99  # gamma, Table 5
     tau: float = 0.005  # rate of the target network, Table 5
@@ -86,7 +86,7 @@ class TrainConfig:
     vf_lr: float = 3e-4  # learning rate of V, Table 5
     qf_lr: float = 3e-4  # learning rate of Q, Table 5
     actor_lr: float = 3e-4  # learning rate of the policy, Table 5; cosine decay offline
-    hidden_dim: int = 256  # units of a hidden layer, Table 5
+    hidden_dim: int = 256  # units per hidden layer, Table 5
     n_hidden: int = 2  # hidden layers, Table 5
     # EDIS
     edis_start: int = 10_000  # online step of the first training of a model (EDIS)
@@ -129,7 +129,7 @@ class TrainConfig:
         check_name(self.name)
         if 0 < self.online_iterations <= self.initial_collection_steps:
             raise ValueError("--online_iterations must be 0, or above --initial_collection_steps")
-        self.n_offline = round(self.batch_size * self.mixing_ratio)  # these rows stand first
+        self.n_offline = round(self.batch_size * self.mixing_ratio)  # the first rows of a batch
         if not 0 < self.n_offline < self.batch_size:
             raise ValueError(f"--mixing_ratio {self.mixing_ratio} leaves one half empty")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -167,7 +167,7 @@ class ReplayBuffer:
     """Transitions as rows of one tensor, so that a batch is one look-up."""
 
     def __init__(self, state_dim: int, action_dim: int, buffer_size: int, device: str = "cpu"):
-        s, a, n = state_dim, action_dim, len(TensorBatch._fields) - 4  # n columns after s'
+        s, a, n = state_dim, action_dim, len(TensorBatch._fields) - 4  # n scalars follow s'
         self._columns = [slice(s), slice(s, s + a), s + a, slice(s + a + 1, -n), *range(-n, 0)]
         self._data = torch.zeros(buffer_size, 2 * s + a + 1 + n, device=device)
         self.size = torch.zeros((), dtype=torch.int64, device=device)
@@ -192,7 +192,7 @@ class ReplayBuffer:
         rows = self._data[index]
         return TensorBatch(*(rows[:, column] for column in self._columns))
 
-    def draw(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
+    def sample_indices(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
         """Indices [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
         # randint takes no tensor as its bound, and only a tensor grows in a replayed CUDA graph.
         draws = torch.randint(1 << 62, (batch_size,), device=self._data.device)
@@ -200,7 +200,7 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> TensorBatch:
         """Draw rows uniformly, with replacement."""
-        return self.rows(self.draw(batch_size))
+        return self.rows(self.sample_indices(batch_size))
 
     def state_dict(self) -> dict:
         """The filled rows."""
@@ -265,7 +265,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., dims[0]] to [..., dims[-1]]."""
-        return self.net(x).float()  # products in bf16 end here
+        return self.net(x).float()  # fp32 again after products in bf16
 
 
 class GaussianPolicy(nn.Module):
@@ -344,7 +344,7 @@ class ImplicitQLearning:
             {"params": list(self.vf.parameters()), "lr": config.vf_lr},
             {"params": list(self.actor.parameters()), "lr": self.actor_lr},
         ]
-        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=True)
+        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=True)  # for CUDA graphs
         self.config, self.online = config, False
         self.total_it = torch.zeros((), dtype=torch.int64, device=config.device)
 
@@ -684,10 +684,10 @@ class Run:
         self.clock = self.last_save = time.perf_counter()
 
     def add(self, log_dict: dict[str, torch.Tensor]):
-        """Sum what an update logs, on the device; its names are the same throughout a phase."""
-        if self.sums.keys() != log_dict.keys():  # none yet, or those of another version
+        """Add what an update logs to the sums, on the device; other names start them anew."""
+        if self.sums.keys() != log_dict.keys():  # a new log interval, or a script edited meanwhile
             self.sums, self.n_sums = {k: torch.zeros_like(x) for k, x in log_dict.items()}, 0
-        torch._foreach_add_([self.sums[name] for name in log_dict], list(log_dict.values()))
+        torch._foreach_add_(list(self.sums.values()), [log_dict[k].detach() for k in self.sums])
         self.n_sums += 1
 
     def log_means(self, phase: str, step: int):
@@ -766,7 +766,7 @@ class Run:
 def accelerate(update, config: TrainConfig):
     """An update without arguments, in config.precision, compiled, or as a CUDA graph.
 
-    For a graph the first three calls warm up, the fourth records, later ones replay: an update may
+    For a graph the first three calls warm up, the fourth captures, later ones replay: an update may
     change tensors in place only, and the next call overwrites its results.
     """
     if config.compile:
@@ -781,7 +781,7 @@ def accelerate(update, config: TrainConfig):
     def replay():
         nonlocal calls, results
         calls += 1
-        if calls <= 3:  # on a stream of their own, as PyTorch asks for before a recording
+        if calls <= 3:  # warm-up on a side stream, as torch.cuda.graph requires
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 results = update()
@@ -864,7 +864,7 @@ def train(config: TrainConfig):
 
         def uniform_update() -> dict[str, torch.Tensor]:  # EDIS: all real rows are equally likely
             n, size = offline_buffer.size, config.batch_size
-            i = offline_buffer.draw(size, n + online_buffer.size)
+            i = offline_buffer.sample_indices(size, n + online_buffer.size)
             batches = offline_buffer.rows(i % n), online_buffer.rows((i - n).clamp(min=0))
             chosen = torch.arange(size, device=i.device) + size * (i >= n)
             batch = (torch.cat(pair)[chosen] for pair in zip(*batches, strict=True))
@@ -886,7 +886,7 @@ def train(config: TrainConfig):
             start = 0
             evaluate("online", 0)
             run.save("online", 0, parts)
-        run.clock = time.perf_counter()  # steps_per_second is of steps alone
+        run.clock = time.perf_counter()  # steps_per_second leaves the set-up out
         for step in tqdm(range(start, last), "online", last, initial=start, disable=None):
             state = env.last_observation
             action = trainer.act(state[None])[0]
@@ -896,7 +896,7 @@ def train(config: TrainConfig):
                 run.log("train", "online", step, edis.fit(offline_buffer, online_buffer))
                 if config.generated_updates:  # in place of this step's others
                     n_updates, is_generated = config.generated_updates, True
-            # Before env.step, which then runs while a GPU is at work on the updates.
+            # Before env.step, so that the CPU steps while a GPU computes the updates.
             for _ in range(n_updates):
                 run.add(update_on_generated() if is_generated else update())  # EDIS
             next_state, reward, terminated, truncated, _ = env.step(action)

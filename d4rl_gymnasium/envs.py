@@ -182,8 +182,8 @@ def get_env_state(env):
     return {
         "env_id": env.spec.id,
         "physics": physics.tolist(),
-        # Gymnasium's own MuJoCo environments remember nothing else.
-        "task": base.task_state() if isinstance(base, D4RLEnv) else {},
+        # Gymnasium's own MuJoCo environments remember nothing else; another says it by this method.
+        "task": base.task_state() if hasattr(base, "task_state") else {},
         "np_random": base.np_random.bit_generator.state,
         "action_space_np_random": base.action_space.np_random.bit_generator.state,
         "wrappers": [getattr(wrapper, name) for wrapper, name in _wrapper_states(env)],
@@ -210,7 +210,7 @@ def set_env_state(env, state):
     # Rendering needs the body positions; the second call undoes what mj_forward does to the state.
     mujoco.mj_forward(base.model, base.data)
     mujoco.mj_setState(base.model, base.data, physics, _INTEGRATION_STATE)
-    if isinstance(base, D4RLEnv):
+    if hasattr(base, "task_state"):
         base.set_task_state(state["task"])
     base.np_random.bit_generator.state = state["np_random"]
     base.action_space.np_random.bit_generator.state = state["action_space_np_random"]

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import pickle
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,9 +49,22 @@ def save_figure(path: Path, figure):
 
 
 def save(path: Path, state: dict):
-    """Write tensors and plain Python values, whole or not at all."""
+    """Write tensors and plain Python values, whole or not at all.
+
+    Raises:
+        ValueError: there is something else in it, which `load` would refuse.
+        OSError: the file cannot be written.
+    """
     data = io.BytesIO()
     torch.save(state, data)
+    data.seek(0)
+    try:
+        torch.load(data, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not written: a state_dict may hold tensors and plain Python values only, "
+            "no values of numpy or objects of your own"
+        ) from error
     write(path, data.getvalue())
 
 

@@ -62,7 +62,10 @@ def task(env_id):
     if env_id in TASKS:
         return TASKS[env_id]
     nearest = difflib.get_close_matches(str(env_id), TASKS, n=3, cutoff=0)
-    raise ValueError(f"unknown env {env_id!r}; the nearest are {', '.join(nearest)}")
+    raise ValueError(
+        f"unknown env {env_id!r}; the nearest are {', '.join(nearest)}; call register_task for one "
+        "of your own"
+    )
 
 
 def get_normalized_score(env_id, returns):

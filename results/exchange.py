@@ -128,10 +128,12 @@ def rows_of(folder: Path) -> list[dict]:
     batches = [script.TensorBatch(*[part] * columns) for part in numbers.split(N_ROWS)]
     if config.exchange == "direct":
         first, _, exchanged, separation = script.direct_exchange(*batches, x, y)
-    else:
+    elif config.exchange in ("gaussian", "random"):
         cap = config.max_exchange * N_ROWS / config.n_offline
         rule = cap, config.exchange == "random"
         first, _, exchanged, separation = script.exchange(*batches, x, y, *rule)
+    else:
+        sys.exit(f"error: {folder} has --exchange {config.exchange}: add this rule to rows_of")
     is_offline = torch.isin(numbers, first.rewards)
     moved = {"offline": ~is_offline[:N_ROWS], "online": is_offline[N_ROWS:]}
 

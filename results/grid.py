@@ -26,7 +26,7 @@ from pathlib import Path
 from d4rl_gymnasium.runs import parser_of as parser_of_class
 from d4rl_gymnasium.runs import refusal
 from lib.attempt import attempt, last_line
-from lib.experiments import EXPERIMENTS, METHODS, ROOT, Experiment, Method
+from lib.experiments import CACHE, EXPERIMENTS, METHODS, ROOT, Experiment, Method
 from lib.records import PREPARING, is_finished, read_yaml
 
 METHODS_FILE = "results/lib/experiments.py"
@@ -164,7 +164,8 @@ def sampler_run(name: str, env: str, experiment: Experiment, options: dict) -> R
     if "reference" not in method.settings:  # a variant that needs what the method itself does
         name, method = method.script, METHODS[method.script]
     less = {"offline_iterations": 0, "online_iterations": 0, "n_episodes": 1}
-    return make_run(f"{PREPARING}{name}", method, env, 0, experiment, options, **less)
+    name = f"{PREPARING}{name}{CACHE if method.agent == name else ''}"
+    return make_run(name, method, env, 0, experiment, options, **less)
 
 
 def has_reference(method: Method) -> bool:

@@ -32,8 +32,8 @@ KEY = "env", "name", "seed", "step"
 MEASURES = "auc", "auc_newest", "mu_offline", "mu_online"
 
 
-def readings(scale: float, reference: str = "guided") -> list[dict]:
-    """Settings of the scores that are compared, for a run with this guidance scale."""
+def readings(scale: float, reference: str = "guided", align: str = "gaussian_kl") -> list[dict]:
+    """Settings of the scores that are compared, for a run with these of its own."""
     has_no_energy = reference == "guided" and scale == 0
     scales = [0.0] if has_no_energy else dict.fromkeys((0.0, 1.0, scale))
     found = [
@@ -41,7 +41,8 @@ def readings(scale: float, reference: str = "guided") -> list[dict]:
         for n in (1, 16)
         for s in scales
     ]
-    return found + [{"guidance_scale": scale, "n_reference": 1, "align": "softmax_kl"}]
+    others = [name for name in dict.fromkeys(("softmax_kl", align)) if name != "gaussian_kl"]
+    return found + [{"guidance_scale": scale, "n_reference": 1, "align": name} for name in others]
 
 
 def auc(offline: torch.Tensor, online: torch.Tensor) -> float:
@@ -67,7 +68,7 @@ def rows_of(folder: Path) -> list[dict]:
     base = {"env": config.env, "name": folder.parts[-3], "seed": config.seed, "step": step}
     base |= {"reference": config.reference}
     rows = []
-    for reading in readings(config.guidance_scale, config.reference):
+    for reading in readings(config.guidance_scale, config.reference, config.align):
         torch.manual_seed(config.seed)  # the readings share their draws,
         for mean, old in zip((sampler.q_spread, sampler.n_spreads), before, strict=True):
             mean.copy_(old)  # and Q's spread, which sample() updates

@@ -250,12 +250,12 @@ def pairs(runs: dict) -> list[Table]:
     ]  # fmt: skip
 
 
-# A method, and the one that it is compared with. These are in the README of the repository ...
-MAIN_QUESTIONS = {
+EXCHANGE = "the exchange: DARE-I against no exchange"
+QUESTIONS = {  # a method, and the one that it is compared with
     "DARE-I against IQL": ("dare_iql", "iql"),
     "DARE-I against PEX": ("dare_iql", "pex"),
     "the release: no exchange against IQL": ("dare_iql_no_exchange", "iql"),
-    "the exchange: DARE-I against no exchange": ("dare_iql", "dare_iql_no_exchange"),
+    EXCHANGE: ("dare_iql", "dare_iql_no_exchange"),
     "the exchange: resampled reference against no exchange": (
         "dare_iql_resample",
         "dare_iql_no_exchange",
@@ -270,9 +270,6 @@ MAIN_QUESTIONS = {
     ),
     "which rows: DARE-I against random rows, fewer": ("dare_iql", "dare_iql_resample_random"),
     "guidance: guided against resampled": ("dare_iql", "dare_iql_resample"),
-}
-# ... and these too on the pages of records.
-QUESTIONS = MAIN_QUESTIONS | {
     "resampled reference: against IQL": ("dare_iql_resample", "iql"),
     "which rows: DARE-I against random rows, as many": ("dare_iql", "dare_iql_random"),
     "unguided, 16 references: against IQL": ("dare_iql_resample_density", "iql"),
@@ -368,7 +365,7 @@ IN_THE_PAPER = {
         ("table11", "dare_iql_no_exchange"),
         ("table1", "iql"),
     ),
-    "the exchange: DARE-I against no exchange": (
+    EXCHANGE: (
         ("table11", "dare_iql"),
         ("table11", "dare_iql_no_exchange"),
     ),
@@ -581,32 +578,41 @@ STUDY = (
 )
 
 
-def in_brief(runs: dict) -> Table:
-    """MAIN_QUESTIONS, without the intervals of single tasks."""
-    rows = [row for row in questions(runs)[0].rows if row["question"] in MAIN_QUESTIONS]
+ANSWERS = "full_size", "longer"  # the records that answer: is DARE-I better than IQL?
+
+
+def answer_block() -> str:
+    """DARE-I against IQL, and against itself without exchange, for the README of the repository."""
+    rows, compared = [], {k: QUESTIONS[k] for k in ("DARE-I against IQL", EXCHANGE)}
+    for name in ANSWERS:
+        runs = by_seed(read_records(RECORDS / name))
+        tasks = [task for task in sorted({t for _, t in runs}) if ("dare_iql", task) in runs]
+        over = {
+            question: [differences(runs, *pair, task) for task in tasks]
+            for question, pair in compared.items()
+        }
+        for i, task in enumerate(tasks):
+            iql, dare = zip(*matched(runs, ["iql", "dare_iql"], task), strict=True)
+            row = {"task": task.removesuffix("-v2"), "online steps": f"{dare[0].n_steps:,}"}
+            row["IQL before fine-tuning"] = summary([r.offline_score for r in iql], "")
+            row["IQL"] = summary([r.last_four for r in iql], "")
+            row["DARE-I"] = summary([r.last_four for r in dare], "")
+            row |= {k: difference(pairs[i][0], "") for k, pairs in over.items()}
+            rows.append(row)
+        if len(tasks) > 1:
+            means = {k: replace(over_tasks(pairs), sizes="") for k, pairs in over.items()}
+            rows.append({"task": f"mean of the {len(tasks)} tasks"} | means)
     for row in rows:
-        for task, cell in row.items():
-            if isinstance(cell, Cell):
-                sure = cell.interval is not None and min(cell.interval) * max(cell.interval) > 0
-                kept = {} if task == "all" else {"interval": None}
-                row[task] = replace(cell, bold=sure, **kept)
-    cells = [cell for row in rows for cell in row.values() if isinstance(cell, Cell)]
-    tests = sum(cell.seeds > 1 for cell in cells)
+        for key, cell in row.items():
+            if isinstance(cell, Cell) and cell.interval:
+                row[key] = replace(cell, bold=min(cell.interval) * max(cell.interval) > 0)
     notes = [
-        "The first method's score minus the second's, in pairs of one seed (number of pairs), at "
-        "the smaller number of online steps. All: the mean over the tasks with two pairs or more, "
-        "with a 95% t interval that covers other seeds, not other tasks or data. "
-        f"Bold: the interval excludes 0; about {0.05 * tests:.0f} of these {tests} would by chance "
-        "if no method differed from another.",
+        "Scores: last four evaluations, mean ± population standard deviation over the runs. "
+        "Differences: the first less the second, by seed (runs), with a 95% t interval that covers "
+        "other seeds, not other tasks or data. Bold: it excludes 0, as one in twenty does by "
+        "chance."
     ]
-    return Table("What does what", rows, notes)
-
-
-def full_size_block() -> str:
-    """The study with the largest networks, for the README of the repository."""
-    runs = by_seed(read_records(RECORDS / "full_size"))
-    tables = [table.markdown() for table in (*scores(runs), in_brief(runs))]
-    return "\n".join([*tables, made_with("full_size", runs)])
+    return Table("DARE-I and IQL", rows, notes).markdown()
 
 
 SCORED = "dare_iql_resample"  # whose runs results/readings/scores.csv has on every task
@@ -652,7 +658,7 @@ def deviation_block() -> str:
 PAGES = {f"results/{name}/README.md": functools.partial(record_page, name) for name in STUDY}
 # Written between the marks <!-- NAME: python results/tables.py pages --> and <!-- end of NAME -->,
 # in these pages.
-BLOCKS = {"full_size": full_size_block, "scores": score_readings_block}
+BLOCKS = {"answer": answer_block, "scores": score_readings_block}
 BLOCKS["deviation"] = deviation_block
 MARKED = "README.md", "results/README.md"
 

@@ -171,6 +171,10 @@ def method_of(name: str) -> Method:
     return replace(METHODS[kind], label=name) if kind else Method(name, "#000000", "unknown")
 
 
+# Ends the name of the run that fills the cache, where prepare_NAME trains an offline agent.
+CACHE = "_cache"
+
+
 @dataclass(frozen=True)
 class Experiment:
     """Methods x tasks x seeds: the runs of a table or figure.
@@ -210,6 +214,7 @@ class Experiment:
     def needs(self, name: str, env: str) -> bool:
         """Whether one of its runs starts from what prepare_NAME made."""
         methods = {m: METHODS[m] for m in self.methods if self.has(m, env)}
+        name = name.removesuffix(CACHE)
         return any(name in (m, method.agent, method.script) for m, method in methods.items())
 
 
@@ -263,7 +268,7 @@ _CQL, _IQL = (
     " ".join([m for m in _VARIANTS if METHODS[m].baseline == base and m != dare] + [dare])
     for base, dare in (("cal_ql", "dare_cql"), ("iql", "dare_iql"))
 )
-_OWN = " ".join(m for m in METHODS if METHODS[m].dare and METHODS[m].script not in DARES)
+_OWN = " ".join(m for m in METHODS if METHODS[m].dare not in (None, METHODS[m].script))
 PICTURES = FIGURES | {
     "fig3-iql": _group("Gaussian or direct exchange", "dare_iql_direct dare_iql", TASKS),
     "sign": _group("Which half scores higher",

@@ -270,22 +270,6 @@ def test_questions_are_asked_of_all_evaluations_of_the_last_and_at_the_step_all_
     assert list(found)[-1] == "What does what, at 40,000 online steps"
 
 
-def test_in_brief_a_difference_is_bold_if_its_interval_excludes_0():
-    records = [run("iql", task, s, [0, 0, 0, 0, 0]) for task in (H, W) for s in (0, 1)]
-    records += [run("dare_iql", H, s, [0, 5 + s, 5 + s, 5 + s, 5 + s]) for s in (0, 1)]
-    records += [run("dare_iql", W, s, [0] + [4.01 - s / 50] * 4) for s in (0, 1)]
-    records += [run("iql_small_rate", H, 0, [0, 1, 1, 1, 1])]  # not one of the main questions
-    text = tables.in_brief(by_seed(records)).markdown()
-    (row,) = (line for line in text.splitlines() if line.startswith("| DARE-I against IQL"))
-    # Of 5 and 6 the 95% t interval is 5.5 -+ 12.706 x 0.5, of 4.01 and 3.99 it is 4 -+ 0.13.
-    assert row == "| DARE-I against IQL | +5.5 (2) | **+4.0 (2)** | **+4.8 (4); +1.6 to +7.9** |"
-    assert "3e-5" not in text
-    records = [run("iql", H, s, [0] + [4.01 - s / 50] * 4) for s in (0, 1)]
-    records += [run("dare_iql", H, s, [0] * 5) for s in (0, 1)]
-    text = tables.in_brief(by_seed(records)).markdown()
-    assert "| DARE-I against IQL | **-4.0 (2)** |" in text
-
-
 def test_differences_stand_beside_the_papers():
     records = flat("iql", H, [50, 50]) + flat("iql", MAZE, [3, 3])
     records += flat("dare_iql_no_exchange", H, [52, 54]) + flat(
@@ -544,28 +528,50 @@ def test_a_changed_number_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tables.py", "pages"])
     tables.main()
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("# Title\n<!-- full_size: ")
+    assert text.startswith("# Title\n<!-- answer: ")
     assert text.endswith(f"<!-- end of {list(tables.BLOCKS)[-1]} -->\nend\n")
-    assert tables.full_size_block() in text
+    assert tables.answer_block() in text
     monkeypatch.setattr(sys, "argv", ["tables.py", "pages", "--check"])
     tables.main()
-    number = re.search(r"\| IQL \| \d", text).end()
+    number = re.search(r"\| 50,000 \| \d", text).end()
     (tmp_path / "README.md").write_text(text[:number] + "9" + text[number:])
     with pytest.raises(SystemExit, match="README.md is stale; run python results/tables.py pages"):
         tables.main()
     assert tables.with_blocks("# A page without marks\n") == "# A page without marks\n"
-    inline = "as in " + marks[0].format("full_size")
+    inline = "as in " + marks[0].format("answer")
     assert tables.with_blocks(inline) == inline
-    begin, end = (mark.format("full_size") for mark in marks)
-    for broken in (begin, end + begin, (begin + end).replace("full_size", "other")):
+    begin, end = (mark.format("answer") for mark in marks)
+    for broken in (begin, end + begin, (begin + end).replace("answer", "other")):
         with pytest.raises(ValueError, match="names no block or has no <!-- end of"):
             tables.with_blocks("\n" + broken)
 
 
-def test_the_block_of_the_readme_is_two_small_tables():
-    block = tables.full_size_block()
-    assert ("\n" + block).count("\n### ") == 2
-    assert len(block.splitlines()) < 39
+def test_the_answer_compares_seeds_that_both_methods_have(monkeypatch):
+    """IQL has a third seed, whose score would move its mean; bold: the interval excludes 0."""
+    found = {"iql": [0, 0, 99], "dare_iql": [5, 6], "dare_iql_no_exchange": [0.99, 2.01]}
+    tasks = {"full_size": (H, W), "longer": (H,)}
+
+    def records(folder):
+        return [
+            run(name, task, seed, [1] + [score] * 4)
+            for task in tasks[folder.name]
+            for name, scores in found.items()
+            for seed, score in enumerate(scores)
+        ]
+
+    monkeypatch.setattr(tables, "read_records", records)
+    lines = tables.answer_block().splitlines()
+    # Of 5 and 6 the 95% t interval is 5.5 -+ 12.706 x 0.5, of 4.01 and 3.99 it is 4 -+ 0.13.
+    cells = "| 1.0 ± 0.0 (2) | 0.0 ± 0.0 (2) | 5.5 ± 0.5 (2) | +5.5 (2); -0.9 to +11.9 | "
+    cells += "**+4.0 (2); +3.9 to +4.1** |"
+    assert sum(line.endswith(cells) for line in lines) == 3
+    (mean,) = (line for line in lines if line.startswith("| mean of the 2 tasks |"))
+    assert mean.endswith("|  |  |  |  | **+5.5 (4); +4.0 to +7.0** | **+4.0 (4); +4.0 to +4.0** |")
+
+
+def test_the_answer_of_the_readme_is_one_small_table():
+    block = tables.answer_block()
+    assert ("\n" + block).count("\n### ") == 1 and len(block.splitlines()) < 16
 
 
 def test_runs_of_other_seeds_are_counted_beside_the_planned_ones():
