@@ -52,7 +52,8 @@ def energy_loss(
 
     States [B, S]; support actions [B, K, A] drawn from nu_0(. | s); energies [B, K] = beta_E * Q,
     whose softmax over k are the labels (in Eq. 34, E := -Q, and its -f is this f). One t per state,
-    own noise per action. The minimiser is f = log E[exp(beta_E Q(s, a_0)) | a_t] + c(s, t).
+    own noise per action. The minimiser is f = log E[exp(beta_E Q(s, a_0)) | a_t] + c(s, t) for K to
+    infinity, and flatter for a smaller K, since few draws seldom have the actions that weigh most.
     """
     t, _, actions_t = _perturbed(support_actions, (states.shape[0], 1), generator)
     log_probabilities = model(actions_t, states[:, None], t).to(energies.dtype).log_softmax(dim=-1)

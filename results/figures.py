@@ -2,7 +2,7 @@
 
 PATH is a runs directory or a folder of committed records (tables.py collect). Every figure whose
 runs are there is written to --output; for every other one a line says what is missing. Curves are
-means over seeds, not smoothed, with a band: the seeds' range, or from four seeds on a 95% bootstrap
+means over seeds, not smoothed, with a band: the seeds' range, or from four seeds on a 95% t
 interval. The small print of a figure says how many seeds, on which data and at which sizes. Beyond
 the paper: the studies, as `finetuning` or `full_size`; `differences-iql` and `differences-cql`,
 each method minus DARE seed by seed with t intervals; `sign`, the difference of both halves' mean
@@ -24,7 +24,7 @@ from PIL import Image
 from d4rl_gymnasium.files import write
 from lib.experiments import METHODS, PICTURES, ROOT, Experiment
 from lib.records import Record, by_seed, described, matched, read_records
-from lib.statistics import bootstrap, mean_of_tasks, t_interval
+from lib.statistics import mean_of_tasks, t_interval
 
 STYLE = ROOT / "results" / "style.mplstyle"
 AXES = {
@@ -78,8 +78,8 @@ def series(record: Record, shows: str) -> tuple[np.ndarray, np.ndarray]:
 def mean_and_band(records: list[Record], shows: str) -> tuple:
     """Steps [T], mean over seeds [T], and lower and upper end of its band [2, T].
 
-    This is the range of fewer than four seeds, whose bootstrap would be little else, and otherwise
-    the mean's 95% interval.
+    This is the range of fewer than four seeds, whose interval would hide them, and otherwise the
+    mean's 95% t interval.
 
     Raises:
         ValueError: the seeds do not have the same steps.
@@ -92,7 +92,7 @@ def mean_and_band(records: list[Record], shows: str) -> tuple:
     values = np.stack([y for _, y in runs])
     if len(values) < 4:
         return steps, values.mean(0), np.stack([values.min(0), values.max(0)])
-    bands = [bootstrap([column], mean_of_tasks, 2_000) for column in values.T]
+    bands = [t_interval([column]) for column in values.T]
     return steps, values.mean(0), np.transpose(bands)
 
 
@@ -134,9 +134,9 @@ def caption(plan: Experiment, panels: dict) -> str:
     n_steps = {(task, r.n_steps) for task, runs in panels.items() for x in runs.values() for r in x}
     if len(n_steps) > len(panels) and plan.shows != "differences":
         parts.append("shorter curves are of fewer online steps")
-    band = "95% bootstrap interval" if min(counts) > 3 else "the range of the seeds"
+    band = "95% t interval" if min(counts) > 3 else "the range of the seeds"
     if min(counts) < 4 <= max(counts):
-        band += ", from four on a 95% bootstrap interval"
+        band += ", from four on a 95% t interval"
     band = "95% t interval" if plan.shows == "differences" else band
     mean = f"Mean and {band}; " if max(counts) > 1 else ""
     if plan.shows != "differences" and any(map(first_update, panels.values())):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -324,7 +325,7 @@ def by_seed(records: list[Record]) -> dict:
     return dict(runs)
 
 
-def matched(runs: dict, methods: list[str], task: str, until: int = 200_000) -> list[tuple]:
+def matched(runs: dict, methods: list[str], task: str, until: float = math.inf) -> list[tuple]:
     """Tuples of one run a method: seeds that all have, of one origin, cut at the same step."""
     groups = [runs.get((method, task), {}) for method in methods]
     found = []

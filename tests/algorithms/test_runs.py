@@ -228,6 +228,16 @@ def test_what_updates_log_is_summed_by_name_and_anew_with_other_names(group, tmp
     assert (run.sums, run.n_sums) == ({"q": 5.0, "log_std": 7.0}, 1)
 
 
+def test_what_is_logged_with_a_gradient_is_summed_without(group, tmp_path):
+    """Else each sum would hold the graphs of all updates, and its checkpoint could not go on."""
+    run = group.dare.Run(config_of(group.dare, tmp_path))
+    run.sums, run.n_sums = {}, 0
+    loss = torch.tensor(2.0, requires_grad=True)
+    for _ in range(2):
+        run.add({"classifier_loss": 3 * loss})
+    assert run.sums == {"classifier_loss": 12.0} and not run.sums["classifier_loss"].requires_grad
+
+
 # --- Losses and weights that are not finite ---
 
 

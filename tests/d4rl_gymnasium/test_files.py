@@ -6,6 +6,7 @@ import pickle
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -33,6 +34,15 @@ def file(tmp_path):
 def test_what_was_saved_is_loaded(file):
     assert_state(load(file))
     assert [p.name for p in file.parent.iterdir()] == ["state.pt"]
+
+
+def test_what_could_not_be_loaded_is_not_saved(file):
+    before = file.read_bytes()
+    with pytest.raises(
+        ValueError, match="state.pt is not written: .* no values of numpy or objects"
+    ):
+        save(file, STATE | {"threshold": np.float64(0.5)})
+    assert file.read_bytes() == before and [p.name for p in file.parent.iterdir()] == ["state.pt"]
 
 
 @pytest.mark.parametrize("data", ["text\n", b"\x00\r\n\xff", "ü\n"])

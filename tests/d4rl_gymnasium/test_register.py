@@ -4,6 +4,7 @@ import gymnasium
 import h5py
 import numpy as np
 import pytest
+from gymnasium.envs.mujoco.inverted_pendulum_v5 import InvertedPendulumEnv
 
 import d4rl_gymnasium as d4rl
 from d4rl_gymnasium import regenerate, tasks
@@ -90,6 +91,37 @@ def test_it_runs_side_by_side_and_resumes(pendulum):
     other.load_state_dict(env.state_dict())
     action = np.full(1, -0.2, np.float32)
     np.testing.assert_array_equal(env.step(action)[0], other.step(action)[0])
+
+
+class Alternating(InvertedPendulumEnv):
+    """Its reward changes sign from step to step, which the simulator's state does not show."""
+
+    sign = 1
+
+    def step(self, action):
+        observation, _, terminated, truncated, info = super().step(action)
+        self.sign *= -1
+        return observation, self.sign, terminated, truncated, info
+
+    def task_state(self):
+        return {"sign": self.sign}
+
+    def set_task_state(self, state):
+        self.sign = state["sign"]
+
+
+def test_what_an_environment_keeps_beside_the_simulators_state_is_resumed():
+    gymnasium.register("Alternating-v0", Alternating, max_episode_steps=100)
+    d4rl.register_task("alternating-mine-v0", "Alternating-v0")
+    try:
+        env, other = (d4rl.ResumableEnv(gymnasium.make("alternating-mine-v0")) for _ in range(2))
+        rollout(env, np.zeros((3, 1), np.float32))
+        other.load_state_dict(env.state_dict())
+        action = np.zeros(1, np.float32)
+        assert env.step(action)[1] == other.step(action)[1] == 1
+    finally:
+        forget("alternating-mine-v0")
+        forget("Alternating-v0")
 
 
 def test_it_has_no_data_but_its_files(pendulum, capsys):

@@ -149,6 +149,8 @@ def test_readings_are_distinct_and_one_is_the_runs_own():
     assert len(scores.readings(1.0)) == 5
     assert {x["guidance_scale"] for x in scores.readings(0.0)} == {0.0}  # it has no energy
     assert {x["guidance_scale"] for x in scores.readings(0.0, "resample")} == {0.0, 1.0}
+    own = [x["align"] for x in scores.readings(8.0, align="mahalanobis")]  # of an edited script
+    assert len(own) == 8 and own[-2:] == ["softmax_kl", "mahalanobis"]
 
 
 @pytest.fixture(scope="module")
@@ -258,11 +260,17 @@ def test_the_deviation_of_a_run_is_that_of_its_files(tmp_path, folder, call):
         assert row[column] == pytest.approx(log_std.exp().mean().item(), rel=1e-5)
 
 
-def test_what_is_no_run_with_an_exchange_is_refused(tmp_path, train, call):
+def test_what_is_no_run_with_a_known_exchange_is_refused(tmp_path, train, call, monkeypatch):
     table = tmp_path / "rows.csv"
     for program in (exchange, scores, deviation):
         with pytest.raises(SystemExit, match="has no config.yaml: name the folder of a run"):
             call(program, tmp_path, "--csv", table)
     with pytest.raises(SystemExit, match="is no run of dare_iql.py, or a copy"):
         call(exchange, train("none", 60, "--exchange", "none"), "--csv", table)
+    monkeypatch.setitem(dare_iql.CHOICES, "exchange", ("gaussian", "classifier"))
+    folder = train("classifier", 60)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("exchange: gaussian", "exchange: classifier"))
+    with pytest.raises(SystemExit, match="has --exchange classifier: add this rule to rows_of"):
+        call(exchange, folder, "--csv", table)
     assert not table.exists()

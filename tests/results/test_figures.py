@@ -12,7 +12,7 @@ from synthetic import MAZE, H, exchange_rows, flat, run, write_runs
 
 import figures
 from lib.experiments import METHODS, PICTURES, TASKS
-from lib.statistics import bootstrap, mean_of_tasks, t_interval
+from lib.statistics import t_interval
 
 STEPS = [0, 50, 100]
 
@@ -112,10 +112,8 @@ def test_the_band_of_few_seeds_is_their_range():
     for n in (3, 4):
         records = flat("pex", H, [1.0] * n) + flat("dare_iql", H, [2.0] * 5)
         texts.append(figures.caption(plan, figures.panels_of(plan, records)))
-    assert (
-        "Mean and the range of the seeds, from four on a 95% bootstrap interval; 3 to 5" in texts[0]
-    )
-    assert "Mean and 95% bootstrap interval; 4 to 5 seeds" in texts[1]
+    assert "Mean and the range of the seeds, from four on a 95% t interval; 3 to 5" in texts[0]
+    assert "Mean and 95% t interval; 4 to 5 seeds" in texts[1]
 
 
 def test_differences_are_drawn_with_their_t_intervals():
@@ -146,11 +144,11 @@ def test_a_line_says_where_there_is_no_difference(name, level):
     assert list(flat[0].get_ydata()) == [level, level]
 
 
-def test_the_band_is_the_bootstrap_interval():
+def test_the_band_is_the_t_interval():
     runs = [record("iql", H, seed) for seed in range(4)]
     steps, mean, band = figures.mean_and_band(runs, "score")
     levels = np.array([level("iql", H, seed) for seed in range(4)])
-    low, high = bootstrap([levels], mean_of_tasks, 2_000)
+    low, high = t_interval([levels])
     np.testing.assert_allclose(band, [low + steps / 10, high + steps / 10])
     assert (band[0] < mean).all() and (mean < band[1]).all()
     _, mean, band = figures.mean_and_band(runs[:1], "score")  # one run has no spread

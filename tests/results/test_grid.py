@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,7 +20,16 @@ import torch
 import yaml
 
 import grid
-from lib.experiments import EXPERIMENTS, METHODS, PICTURES, ROOT, TASKS, Experiment, Method
+from lib.experiments import (
+    BASELINES,
+    EXPERIMENTS,
+    METHODS,
+    PICTURES,
+    ROOT,
+    TASKS,
+    Experiment,
+    Method,
+)
 from lib.records import is_finished, read_rows
 
 DATA = Path(__file__).parents[1] / "data" / "sample_hopper.hdf5"
@@ -193,6 +204,50 @@ def test_an_agent_with_other_settings_is_refused(monkeypatch):
     agent, run = grid.plan(["mine"], {}, seeds=[0])
     assert names_of([agent, run]) == ["prepare_mine", "mine"] and own.baseline == "iql"
     assert agent.flags["beta"] == 7 and "prepare_mine" in run.flags["load_model"]
+
+
+def test_the_readmes_lines_for_a_method_of_your_own(monkeypatch, tmp_path):
+    """As they stand in results/README.md; then with offline agents of its own."""
+    readme = (ROOT / "results" / "README.md").read_text()
+    lines = re.search(r"## A method of your own.*?```python\n(.*?)```", readme, re.S)[1]
+    entry = re.search(r'^    "mine": Method\(.*\n', lines, re.M)[0]
+    below, at_the_end = lines.split(entry)
+    source = (ROOT / "results" / "lib" / "experiments.py").read_text()
+    source = source.replace("METHODS = {\n", f"METHODS = {{\n{entry}")
+    source = source.replace("\n\n@dataclass", f"\n\n{below}\n\n@dataclass", 1)
+    spec = importlib.util.find_spec("lib.experiments")
+
+    def known(source):
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # for its dataclasses
+        exec(source + at_the_end, vars(module))
+        return module
+
+    mine = known(source)
+    for picture in ("mine", "auc", "sign", "differences-iql"):
+        assert "mine" in mine.PICTURES[picture].methods
+    assert (mine.METHODS["mine"].baseline, mine.METHODS["mine"].dare) == ("iql", "dare_iql")
+
+    algorithms = tmp_path / "algorithms"
+    algorithms.mkdir()
+    (algorithms / "mine.py").write_text((ROOT / "algorithms" / "dare_iql.py").read_text())
+    for name in ("iql.py", "dare_iql.py"):
+        (algorithms / name).symlink_to(ROOT / "algorithms" / name)
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    monkeypatch.syspath_prepend(algorithms)
+    monkeypatch.setattr(grid, "ROOT", tmp_path)
+    own = Method("Mine", "#009E73", "mine", offline="mine")
+    monkeypatch.setitem(METHODS, "mine", own)
+    monkeypatch.setitem(BASELINES, "mine", "iql")
+    plan = Experiment(**{k: v for k, v in vars(mine.EXPERIMENTS["mine"]).items()})
+    monkeypatch.setitem(EXPERIMENTS, "mine", plan)
+    names = Counter(names_of(grid.plan(["mine"], {})))
+    assert names == {
+        **dict.fromkeys(("prepare_iql", "iql", "dare_iql", "prepare_mine", "mine"), 3),
+        **dict.fromkeys(("prepare_dare_iql", "prepare_mine_cache"), 1),
+    }
+    assert plan.needs("mine_cache", "halfcheetah-medium-v2")
+    sys.modules.pop("mine")
 
 
 @pytest.mark.parametrize(
