@@ -384,7 +384,7 @@ def test_batches_are_drawn_uniformly_from_the_filled_rows(module):
     torch.manual_seed(0)
     counts = buffer.sample(20_000).rewards.long().bincount()
     assert counts.shape == (5,) and (counts / 20_000 - 0.2).abs().max() < 0.015
-    few = buffer.draw(20_000, torch.tensor(2)).bincount()
+    few = buffer.sample_indices(20_000, torch.tensor(2)).bincount()
     assert few.shape == (2,) and (few / 20_000 - 0.5).abs().max() < 0.02
     other = module.ReplayBuffer(3, 2, 60)
     other.load_state_dict(buffer.state_dict())
