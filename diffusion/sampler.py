@@ -82,7 +82,7 @@ class EnergyGuidedSampler:
         n_offline = round(config.energy_batch_size * config.mixing_ratio)
         i = torch.randint(len(self.states), (n_offline,), device=device)
         j = torch.randint(1 << 62, (config.energy_batch_size - n_offline,), device=device)
-        j %= self.n_online  # as ReplayBuffer.draw, for CUDA graphs
+        j %= self.n_online  # as ReplayBuffer.sample_indices, for CUDA graphs
         states = torch.cat([self.states[i], self.online_states[j]])
         support = torch.cat([self.support[i], self.online_support[j]])
         loss = energy_loss(self.energy, states, support, self.energies(states, support))
