@@ -18,13 +18,13 @@ def describe(args):
     for env in args.env:
         found, dataset = report.describe(env, args.data, args.regenerated_size)
         print(report.text(env, found))
-        path = Path(args.pictures, f"{env}.png")
+        path = Path(args.pictures, f"{env}.png").expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         report.picture(env, dataset, path)
         print(f"picture: {path}", flush=True)
         rows.append(report.row(env, args.data, found))
         if args.csv:
-            report.write_csv(rows, args.csv)
+            report.write_csv(rows, Path(args.csv).expanduser())
 
 
 def check(args):
@@ -46,42 +46,57 @@ def to_minari(args):
     print(f"{dataset_id}: {path}")
 
 
-def _add_data(parser, **several):
-    parser.add_argument("env", metavar="ENV", help="task id", **several)
+def _whole(least):
+    """A type of argparse: a whole number from `least` to 10^8."""
+
+    def number(text):
+        if not text.isdecimal() or not least <= int(text) <= 10**8:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to 10^8")
+        return int(text)
+
+    return number
+
+
+def _add_data(parser, **env_options):
+    parser.add_argument("env", metavar="ENV", help="task id", **env_options)
     parser.add_argument(
         "--data", default="d4rl", help="d4rl, regenerated, minari:ID or an HDF5 file"
     )
     parser.add_argument(
-        "--regenerated_size", type=int, default=200_000, help="transitions to make (0: D4RL's size)"
-    )
+        "--regenerated_size", type=_whole(0), default=200_000,
+        help="transitions to make (0: D4RL's size)",
+    )  # fmt: skip
 
 
 def main(args=None):
     """Run the command line; an error ends in one line."""
     parser = argparse.ArgumentParser(prog="python -m d4rl_gymnasium", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("describe", help="what a data set holds, with a picture")
-    _add_data(one, nargs="+")
-    one.add_argument("--pictures", default=".", metavar="FOLDER", help="where ENV.png goes")
-    one.add_argument("--csv", metavar="FILE", help="table to write, a row for each task")
-    one.set_defaults(run=describe)
-    other = commands.add_parser("check", help="does the simulator reproduce a D4RL file?")
-    other.add_argument("file", metavar="FILE", help="HDF5 file in D4RL's format")
-    other.add_argument("env", metavar="ENV", help="task id")
-    other.add_argument("--limit", type=int, default=20_000, help="transitions at most, at random")
-    other.add_argument("--seed", type=int, default=0, help="of the draw")
-    other.set_defaults(run=check)
-    third = commands.add_parser("to-minari", help="write a data set for Minari to load")
-    _add_data(third)
-    third.add_argument("--id", help="of the new data set (default: named after the task)")
-    third.set_defaults(run=to_minari)
+    command = commands.add_parser("describe", help="what a data set holds, with a picture")
+    _add_data(command, nargs="+")
+    command.add_argument("--pictures", default=".", metavar="FOLDER", help="where ENV.png goes")
+    command.add_argument("--csv", metavar="FILE", help="table to write, a row for each task")
+    command.set_defaults(run=describe)
+    command = commands.add_parser("check", help="does the simulator reproduce a D4RL file?")
+    command.add_argument("file", metavar="FILE", help="HDF5 file in D4RL's format")
+    command.add_argument("env", metavar="ENV", help="task id")
+    command.add_argument("--limit", type=_whole(1), default=20_000,
+                         help="transitions at most, at random")  # fmt: skip
+    command.add_argument("--seed", type=_whole(0), default=0, help="of the draw")
+    command.set_defaults(run=check)
+    command = commands.add_parser("to-minari", help="write a data set for Minari to load")
+    _add_data(command)
+    command.add_argument("--id", help="of the new data set (default: named after the task)")
+    command.set_defaults(run=to_minari)
     args = parser.parse_args(args)
     try:
         for env in args.env if isinstance(args.env, list) else [args.env]:
             task(env)
         args.run(args)
-    except (DatasetError, OSError, ValueError) as error:
+    except (DatasetError, OSError, ValueError, RuntimeError) as error:  # the last of h5py, pathlib
         sys.exit(f"error: {error}")
+    except MemoryError:
+        sys.exit("error: too little memory: use a smaller file or size")
     except KeyboardInterrupt:
         sys.exit("error: interrupted")
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from d4rl_gymnasium import hdf5, minari_io
 from d4rl_gymnasium.download import DatasetError, DownloadError, download, one_line
-from d4rl_gymnasium.regenerate import regenerate, regenerated_path, regenerated_tasks
+from d4rl_gymnasium.regenerate import regenerate, regenerated_path
 from d4rl_gymnasium.tasks import restore, task
 
 REQUIRED_KEYS = ("observations", "actions", "rewards", "terminals")
@@ -32,7 +32,7 @@ def get_dataset(env_or_id, data="d4rl", regenerated_size=200_000, *, keys=None):
             D4RL's recipe, then cached), `"minari:ID"` (a data set of Minari: from then on the task
             has the data set's environment and reference scores, see `minari_io`, until other data
             of it is asked for), or the path of an HDF5 file in D4RL's format.
-        regenerated_size: number of transitions of regenerated data; 0: as many as D4RL's file has.
+        regenerated_size: number of transitions of regenerated data; 0: D4RL's nominal size.
         keys: names of the arrays to read of a file, where it has them; None reads all.
 
     Returns:
@@ -109,12 +109,9 @@ def _fetch(known, path):
     try:
         download(known.dataset_url, path, sha256=known.dataset_sha256)
     except DownloadError as error:
-        makeable = regenerated_tasks()
-        instead = "which makes such data on this machine"
-        if known.env_id not in makeable:
-            instead += f" (so far for {', '.join(makeable)})"
         raise DatasetError(
-            f"{error}; put the file at {path} by hand, or use --data regenerated, {instead}"
+            f"{error}; put the file at {path} by hand, or use --data regenerated, which makes such "
+            "data on this machine"
         ) from error
     # Of a file that was there already, as the sum of all its bytes takes a second each time.
     if path.is_file() and path.stat().st_size != known.dataset_bytes:
@@ -132,6 +129,13 @@ def _read(path, known, keys):
         for key in hdf5.names(file) if keys is None else keys:
             if key not in found and _is_per_step(array := hdf5.find(file, key), n):
                 found[key] = array
+        key = "next_observations"
+        asked = keys is None or key in keys
+        if asked and found[key] is None and file.get(key, getlink=True) is not None:
+            raise DatasetError(
+                f"{path}: {key} are no array but a group, an empty one or a link that leads "
+                "nowhere: write them as an array, or leave the name out"
+            )
         arrays = {}
         for key, array in found.items():
             if array is not None and (keys is None or key in keys):
@@ -190,10 +194,11 @@ def check_layout(arrays, known, source):
         if array is None:
             continue
         if array.shape != shape and (key in shapes or array.shape != (n, 1)):
-            same = array.shape[:1] == (n,)
-            cure = (
-                "use a file of this task" if same else "use one whose arrays have equally many rows"
-            )
+            cure = "use one whose arrays have equally many rows"
+            if array.shape == (n,) and shape == (n, 1):
+                cure = "write them with a second axis, array[:, None]"
+            elif array.shape[:1] == (n,):
+                cure = "use a file of this task"
             raise DatasetError(
                 f"{source}: {key} have shape {array.shape}, {known.env_id} with {n:,} observations "
                 f"needs {shape}: {cure}"

@@ -40,15 +40,18 @@ def one_line(text):
 
 
 @contextlib.contextmanager
-def writing(path):
-    """Turn a file system error inside the block into a `DatasetError` about `path`."""
+def writing(path, variable="D4RL_DATASET_DIR"):
+    """Turn a file system error inside the block into a `DatasetError` about `path`.
+
+    `variable` of the environment says where it lies.
+    """
     try:
         yield
     except OSError as error:
         reason = one_line(error.strerror or error)
         raise DatasetError(
             f"cannot write {path} ({reason}): make room or get leave to write there, or set "
-            "D4RL_DATASET_DIR to another folder"
+            f"{variable} to another folder"
         ) from error
 
 

@@ -166,6 +166,11 @@ def _wrapper_states(env):
         env = env.env
 
 
+# Where the bodies were when the last substep began. Ant-v5 and Humanoid-v5 take it for their place
+# before a step, and mj_forward would move it on.
+_BEHIND = ("xpos", "xipos")
+
+
 def get_env_state(env):
     """Returns the complete state of a MuJoCo environment as plain Python values.
 
@@ -182,7 +187,8 @@ def get_env_state(env):
     return {
         "env_id": env.spec.id,
         "physics": physics.tolist(),
-        # Gymnasium's own MuJoCo environments remember nothing else; another says it by this method.
+        "behind": {name: getattr(base.data, name).tolist() for name in _BEHIND},
+        # What else an environment remembers it says by this method.
         "task": base.task_state() if hasattr(base, "task_state") else {},
         "np_random": base.np_random.bit_generator.state,
         "action_space_np_random": base.action_space.np_random.bit_generator.state,
@@ -210,6 +216,8 @@ def set_env_state(env, state):
     # Rendering needs the body positions; the second call undoes what mj_forward does to the state.
     mujoco.mj_forward(base.model, base.data)
     mujoco.mj_setState(base.model, base.data, physics, _INTEGRATION_STATE)
+    for name, value in state.get("behind", {}).items():  # older states have none
+        getattr(base.data, name)[:] = value
     if hasattr(base, "task_state"):
         base.set_task_state(state["task"])
     base.np_random.bit_generator.state = state["np_random"]

@@ -7,7 +7,7 @@ import numpy as np
 from d4rl_gymnasium.envs import RENDER_MODES, D4RLEnv
 
 
-class _Runner(D4RLEnv):
+class _PlanarEnv(D4RLEnv):
     """A planar robot rewarded for its speed along x; the observation leaves out x."""
 
     healthy_reward: float
@@ -43,7 +43,7 @@ class _Runner(D4RLEnv):
         return self._observation()
 
 
-class HopperEnv(_Runner):
+class HopperEnv(_PlanarEnv):
     """D4RL's Hopper (observation 11, action 3); falling ends the episode."""
 
     metadata = {"render_modes": RENDER_MODES, "render_fps": 125}
@@ -67,7 +67,7 @@ class HopperEnv(_Runner):
         )
 
 
-class Walker2dEnv(_Runner):
+class Walker2dEnv(_PlanarEnv):
     """D4RL's Walker2d (observation 17, action 6); falling ends the episode."""
 
     metadata = {"render_modes": RENDER_MODES, "render_fps": 125}
@@ -85,7 +85,7 @@ class Walker2dEnv(_Runner):
         return 0.8 < height < 2.0 and -1.0 < angle < 1.0
 
 
-class HalfCheetahEnv(_Runner):
+class HalfCheetahEnv(_PlanarEnv):
     """D4RL's HalfCheetah (observation 17, action 6); it never terminates."""
 
     metadata = {"render_modes": RENDER_MODES, "render_fps": 20}

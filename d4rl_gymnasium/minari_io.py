@@ -169,11 +169,14 @@ def write(env_id, dataset, dataset_id, source):
     root = get_dataset_path()
     final = root / dataset_id
     if final.exists():
-        raise DatasetError(f"{final} is there already: delete it, or give another --id")
+        raise DatasetError(f"{final} is there already: give another --id, or move it away")
     buffers, remark = episodes(env_id, dataset)
     about = _metadata(env_id, source, remark)
     about["observation_space"] = Box(-np.inf, np.inf, dataset["observations"].shape[1:], np.float32)
-    with writing(final), tempfile.TemporaryDirectory(dir=root, prefix=".writing-") as folder:
+    with (
+        writing(final, "MINARI_DATASETS_PATH"),
+        tempfile.TemporaryDirectory(dir=root, prefix=".writing-") as folder,
+    ):
         with mock.patch.dict(os.environ, MINARI_DATASETS_PATH=folder), warnings.catch_warnings():
             # It misses an e-mail address, a permalink and a second environment.
             warnings.simplefilter("ignore", UserWarning)
@@ -247,6 +250,9 @@ def _metadata(env_id, source, remark):
     elif source == "regenerated":
         origin = "Collected by D4RL's recipe in D4RL's physics; not D4RL's data. Licence: MIT."
         author, algorithm = "d4rl_gymnasium", "SAC"
+    elif source.startswith(PREFIX):
+        origin = f"From Minari's {source.removeprefix(PREFIX)}."
+        author, algorithm = "unknown", "unknown"
     else:
         origin = f"From the file {Path(source).name}."
         author, algorithm = "unknown", "unknown"

@@ -18,12 +18,12 @@ import gymnasium
 import numpy as np
 
 from d4rl_gymnasium.behavior import BehaviorPolicy
-from d4rl_gymnasium.d4rl_files import known_of
 from d4rl_gymnasium.tasks import task
 from d4rl_gymnasium.train_policies import (
     EVALUATION_SEED,
     POLICIES,
     episode_returns,
+    goal_of,
     measure,
     store_variant,
 )
@@ -163,7 +163,7 @@ SEARCHES = {"gains": Search, "weights": WeightSearch}
 
 def polish(args):
     """Searches until D4RL's return is reached or time is up and writes the best expert found."""
-    goal = known_of(args.env)["return mean"]
+    goal = goal_of(args.env)
     env = gymnasium.make(args.env)
     robot, variant = task(args.env).robot, args.env.removesuffix("-v2").split("-", 1)[1]
     policy = BehaviorPolicy.load(POLICIES / f"{robot}-{variant}.npz")

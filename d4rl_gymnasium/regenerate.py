@@ -50,7 +50,7 @@ def regenerated_tasks():
 def regenerated_path(env_id, size, folder, seed=0):
     """The cache file of a task's regenerated data; other policies or recipes have other names.
 
-    `size` is the number of transitions, 0 for as many as D4RL's file has.
+    `size` is the number of transitions, 0 for D4RL's nominal size.
 
     Raises:
         ValueError: unknown task id.
@@ -81,7 +81,7 @@ def regenerate(env_id, size, path, seed=0, processes=None):
 
     Args:
         env_id: task id, one of `regenerated_tasks()`.
-        size: number of transitions; 0 for as many as D4RL's file has.
+        size: number of transitions; 0 for D4RL's nominal size.
         path: the file, from `regenerated_path`.
         seed: of environments and action noise.
         processes: workers; by default one for each processor.
@@ -227,6 +227,8 @@ def _run_workers(env_id, seed, chunks, folder, processes):
         if not said and status > 1:
             raise OSError(status, os.strerror(status), folder)
         reason = said[-1] if said else f"a worker ended with status {status}"
+        if status < 0:
+            reason = f"a worker was killed by signal {-status}, as when memory runs out"
         raise DatasetError(f"regenerating {env_id} failed ({reason}): try again, or --data d4rl")
 
 
@@ -297,7 +299,7 @@ def _collect(env_id, seed, policy, rows, spawn_key):
     return {key: array[:row] for key, array in arrays.items()}
 
 
-class _Runner:
+class _LocomotionActor:
     """An actor of the locomotion tasks: a policy with its noise, or uniform actions (None)."""
 
     ends_at_terminals = True
@@ -320,7 +322,7 @@ def _actor(env, env_id, policy, rng):
     loaded = policy and BehaviorPolicy.load(policy)
     if task(env_id).family == "antmaze":
         return GuidedAnt(env, env_id, loaded, rng)
-    return _Runner(env, loaded, rng)
+    return _LocomotionActor(env, loaded, rng)
 
 
 def _empty(env, rows, info_widths):

@@ -9,9 +9,10 @@ import numpy as np
 
 from d4rl_gymnasium.antmaze import CELL_SIZE, MAZES, cell_center, cells
 from d4rl_gymnasium.d4rl_files import known_of
-from d4rl_gymnasium.data import STEP_KEYS, DatasetError, get_dataset
+from d4rl_gymnasium.data import STEP_KEYS, TRANSITION_KEYS, DatasetError, get_dataset
 from d4rl_gymnasium.files import save_figure, write
 from d4rl_gymnasium.tasks import get_normalized_score, task
+from d4rl_gymnasium.transitions import is_in_order, require_order, timeouts_of
 
 QUANTILES = (0, 10, 50, 90, 100)
 # An action component counts as at its bound, 1, from this size on.
@@ -55,9 +56,14 @@ def describe(env_id, data="d4rl", regenerated_size=200_000):
         visited_cells; and the dataset.
 
     Raises:
-        ValueError, DatasetError: as in `get_dataset`.
+        ValueError, DatasetError: as in `get_dataset`, or the rows are not in the order of their
+            episodes. Where there are no timeouts, episodes are cut at the limit.
     """
-    dataset = get_dataset(env_id, data, regenerated_size, keys=(*STEP_KEYS, "infos/goal"))
+    keys = STEP_KEYS if data in ("d4rl", "regenerated") else TRANSITION_KEYS
+    dataset = get_dataset(env_id, data, regenerated_size, keys=(*keys, "infos/goal"))
+    has_timeouts = "timeouts" in dataset
+    dataset["timeouts"] = timeouts_of(dataset, task(env_id).max_episode_steps, behind_timeout=1)
+    require_order(dataset, dataset["terminals"].astype(bool) | dataset["timeouts"])
     in_maze = task(env_id).family == "antmaze"
     starts, ends = episode_bounds(dataset, in_maze)
     returns = np.add.reduceat(dataset["rewards"].astype(np.float64), starts)
@@ -67,7 +73,7 @@ def describe(env_id, data="d4rl", regenerated_size=200_000):
         "transitions": len(dataset["rewards"]),
         "episodes": len(starts),
         "terminals": int(dataset["terminals"].sum()),
-        "timeouts": int(dataset["timeouts"].sum()) if "timeouts" in dataset else "no such key",
+        "timeouts": int(dataset["timeouts"].sum()) if has_timeouts else "no such key",
         "length": _summary(ends - starts),
         "return": _summary(returns),
         "score": _summary(100 * get_normalized_score(env_id, task_returns)),
@@ -228,9 +234,10 @@ def check(env_id, path, limit=20_000, seed=0):
         ValueError, DatasetError: as in `get_dataset`, or nothing can be replayed.
     """
     infos = ("infos/qpos", "infos/qvel", "infos/rewarded_goal")
-    dataset = get_dataset(env_id, str(path), keys=(*STEP_KEYS, *infos))
-    env = gymnasium.make(env_id).unwrapped
-    env.reset(seed=seed)
+    dataset = get_dataset(env_id, str(path), keys=(*TRANSITION_KEYS, *infos))
+    wrapped = gymnasium.make(env_id)  # rescales actions where register_task was told to
+    wrapped.reset(seed=seed)
+    env = wrapped.unwrapped
     qpos, qvel, usable, states = _states(env, dataset)
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(usable))[:limit]
     if not len(rows):
@@ -239,20 +246,24 @@ def check(env_id, path, limit=20_000, seed=0):
     _, ends = episode_bounds(dataset, maze)
     last = np.zeros(len(usable), bool)
     last[ends - 1] = True
+    in_order = is_in_order(dataset, last)
     judged = not maze or "infos/rewarded_goal" in dataset
     errors = {"observations": [], "rewards": [], "terminals": []}
     for row in rows:
         if maze and judged:
             env.set_target(dataset["infos/rewarded_goal"][row])
         env.set_state(qpos[row], qvel[row])
-        observation, reward, terminated, _, _ = env.step(dataset["actions"][row])
-        if not last[row]:
+        observation, reward, terminated, _, _ = wrapped.step(dataset["actions"][row])
+        if not in_order:
+            expected = dataset["next_observations"][row]
+            errors["observations"].append(_error(observation, expected))
+        elif not last[row]:
             expected = dataset["observations"][row + 1]
             errors["observations"].append(_error(observation, expected))
         if judged:
             errors["rewards"].append(_error(reward, dataset["rewards"][row]))
             errors["terminals"].append(float(terminated != dataset["terminals"][row]))
-    env.close()
+    wrapped.close()
     found = {name: _agreement(np.array(values)) for name, values in errors.items()}
     return {"states": states, "transitions": len(rows), **found}
 
@@ -297,7 +308,8 @@ def check_text(env_id, path, found):
     for name in ("observations", "rewards", "terminals"):
         result = found[name]
         if not result["compared"]:
-            lines.append(f"{name}: not compared, the file has no infos/rewarded_goal")
+            why = "" if name == "observations" else ", the file has no infos/rewarded_goal"
+            lines.append(f"{name}: nothing to compare{why}")
             continue
         share = 100 * result["agree"] / result["compared"]
         errors = ", ".join(f"{k} {result[k]:.1e}" for k in ("median", "99%", "largest"))

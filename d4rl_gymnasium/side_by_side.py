@@ -65,13 +65,14 @@ class EvalEnvs(VectorEnv):
             raise ValueError(f"need {self.num_envs} actions, got {len(actions)}")
         rewards, env_infos = np.zeros(self.num_envs), [{}] * self.num_envs
 
-        def step(rows):
+        def step_some(rows):
             for i in rows:
-                (self._states[i], rewards[i], self._terminated[i], self._truncated[i],
-                 env_infos[i]) = self.envs[i].step(actions[i])  # fmt: skip
+                result = self.envs[i].step(actions[i])
+                self._states[i], rewards[i], *ended, env_infos[i] = result
+                self._terminated[i], self._truncated[i] = ended
 
         running = np.flatnonzero(~(self._terminated | self._truncated))
-        list(self._pool.map(step, np.array_split(running, self.n_threads)))
+        list(self._pool.map(step_some, np.array_split(running, self.n_threads)))
         infos = {}
         for i in running:
             infos = self._add_info(infos, env_infos[i], i)

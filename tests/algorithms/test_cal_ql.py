@@ -166,6 +166,9 @@ def test_initial_weights_are_orthogonal_with_gain_sqrt_2():
         torch.testing.assert_close(w @ w.T, 2.0 * torch.eye(len(w)), atol=1e-5, rtol=0)
     biases = [*agent.qf.biases, *(m.bias for m in agent.actor.net.net[::2])]
     assert all((b == 0).all() for b in biases)
+    assert not any(torch.equal(*w) for w in agent.qf.weights)  # equal twins would stay equal
+    for mine, target in zip(agent.qf.parameters(), agent.q_target.parameters(), strict=True):
+        assert torch.equal(mine, target)
 
 
 def test_draws_have_the_density_of_a_squashed_gaussian():

@@ -26,9 +26,11 @@ def test_eq_14_has_r_on_offline_like_rows_and_td_on_all(lagrange):
     assert (of_r[:N_OFFLINE] > 0).all() and (of_r[N_OFFLINE:] == 0).all()
 
 
-def test_eq_14_divides_by_the_whole_batch():
+@pytest.mark.parametrize("lagrange", [False, True])
+def test_eq_14_divides_by_the_whole_batch(lagrange):
     """R of Eq. 14 is the sum of R over the offline-like rows over the size of the batch."""
-    agent, batch = agent_of(config_of(dare_cql), dare_cql, online=True), batch_of(B)
+    more = {"cql_lagrange": lagrange, "cql_target_action_gap": 0.8}
+    agent, batch = agent_of(config_of(dare_cql, **more), dare_cql, online=True), batch_of(B)
     found = terms(agent, batch)
     alone = TensorBatch(*(x[:N_OFFLINE] for x in batch))
     q = agent.qf.both(alone.observations, alone.actions)
@@ -36,8 +38,9 @@ def test_eq_14_divides_by_the_whole_batch():
     torch.randn(B, 1, A)  # the target's action comes first
     policy, next_policy = agent.actor(alone.observations), agent.actor(alone.next_observations)
     expected = agent.conservative_regularizer(alone, q, policy, next_policy)
-    torch.testing.assert_close(found[1], 10.0 * expected.sum() / B)
-    baseline = terms(agent_of(config_of(), online=True), batch)
+    gap = 0.8 * lagrange  # taken off R of the offline-like rows alone
+    torch.testing.assert_close(found[1], 10.0 * (expected - gap).sum() / B)
+    baseline = terms(agent_of(config_of(**more), online=True), batch)
     torch.testing.assert_close(found[0], baseline[0])  # the TD term is Cal-QL's
     torch.testing.assert_close(found[2], baseline[2])
     assert found[1] < baseline[1]
@@ -61,7 +64,7 @@ def test_elsewhere_dare_c_is_cal_ql(online_loss, online):
 
 def test_updates_leave_no_graph_behind():
     """A target that required a gradient would hold the graphs of all updates before it."""
-    agent = agent_of(config_of(dare_cql), dare_cql)
+    agent = agent_of(config_of(dare_cql), dare_cql, online=True)
     for _ in range(2):
         logged = agent.train(batch_of(B))
     kept = [*agent.q_target.parameters(), *logged.values()]

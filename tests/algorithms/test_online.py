@@ -21,26 +21,31 @@ def filled(script, path):
 
 
 @SCRIPTS
-def test_a_time_out_is_no_terminal_and_a_new_episode_follows(monkeypatch, tmp_path, script):
-    """The target of an episode that was cut goes on with V(s')."""
-    step, reset, calls = d4rl.ResumableEnv.step, d4rl.ResumableEnv.reset, []
+def test_episodes_are_stored_as_they_happened(monkeypatch, tmp_path, script):
+    """The first is cut, and its target goes on with V(s'); the second ends by a terminal."""
+    step, reset, calls, actions = d4rl.ResumableEnv.step, d4rl.ResumableEnv.reset, [], []
 
-    def cut(env, action):
+    def ending(env, action):
         calls.append("step")
-        return *step(env, action)[:2], False, calls.count("step") % 5 == 0, {}
+        actions.append(torch.from_numpy(action.copy()))
+        n = calls.count("step")
+        return *step(env, action)[:2], n == 10, n == 5, {}
 
     def watched(env, **kwargs):
         calls.append("reset")
         return reset(env, **kwargs)
 
-    monkeypatch.setattr(d4rl.ResumableEnv, "step", cut)
+    monkeypatch.setattr(d4rl.ResumableEnv, "step", ending)
     monkeypatch.setattr(d4rl.ResumableEnv, "reset", watched)
     rows = filled(script, run(script, tmp_path, **NO_UPDATES))
     episode = ["reset", *["step"] * 5]
     assert calls == [*episode, *episode, "reset", "step", "step"]
-    assert not rows.terminals.any()
+    assert rows.terminals.nonzero().flatten().tolist() == [9]
+    assert torch.equal(rows.actions, torch.stack(actions))
     joined = (rows.next_observations[:-1] == rows.observations[1:]).all(1)
     assert (~joined).nonzero().flatten().tolist() == [4, 9]
+    # The seed is the run's, not each episode's.
+    assert len(rows.observations[[0, 5, 10]].unique(dim=0)) == 3
 
 
 @SCRIPTS
@@ -67,9 +72,10 @@ def test_offline_rows_stand_first_and_have_their_share(monkeypatch, tmp_path, sc
         return train(trainer, batch)
 
     monkeypatch.setattr(agent, "train", watched)
-    settings = NO_UPDATES | {"online_iterations": 14, "mixing_ratio": 0.25} | exchange
+    settings = NO_UPDATES | {"offline_iterations": 2, "online_iterations": 14}
+    settings |= {"mixing_ratio": 0.25} | exchange
     online = filled(script, run(script, tmp_path, **settings)).observations
-    assert len(batches) == 3
-    for states in batches:
+    n_online = [0, 0, 24, 24, 24]  # of 32 rows: two offline updates, three online
+    for states, n in zip(batches, n_online, strict=True):
         is_online = (states[:, None] == online).all(-1).any(1)
-        assert is_online.tolist() == [False] * 8 + [True] * 24
+        assert is_online.tolist() == [False] * (32 - n) + [True] * n

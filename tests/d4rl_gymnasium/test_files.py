@@ -137,12 +137,15 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(monkeypatch, file):
 
 def test_a_reader_beside_a_writer_sees_whole_files_alone(file):
     """One of two states, 50 times each, while they take turns."""
-    states, done = [STATE["weights"], torch.ones(3000)], threading.Event()
+    states, done, written = [STATE["weights"], torch.ones(3000)], threading.Event(), []
 
     def turns():
-        for i in range(100):
-            save(file, {"weights": states[i % 2]})
-        done.set()
+        try:
+            for i in range(100):
+                save(file, {"weights": states[i % 2]})
+                written.append(i)
+        finally:  # else the reader would wait for ever
+            done.set()
 
     writer = threading.Thread(target=turns)
     writer.start()
@@ -152,6 +155,7 @@ def test_a_reader_beside_a_writer_sees_whole_files_alone(file):
         assert any(torch.equal(found, x) for x in states)
         n_read += 1
     writer.join()
+    assert len(written) == 100
 
 
 def assert_damaged(file):

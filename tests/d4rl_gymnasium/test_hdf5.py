@@ -12,7 +12,7 @@ import pytest
 
 import d4rl_gymnasium as d4rl
 from d4rl_gymnasium import hdf5, report
-from d4rl_gymnasium.data import STEP_KEYS
+from d4rl_gymnasium.data import TRANSITION_KEYS
 
 HOPPER, N = "hopper-medium-v2", 50
 
@@ -85,6 +85,25 @@ def test_links_in_a_circle_are_no_array(write):
         file["other"] = h5py.SoftLink("/rewards")
 
     fails(write(good(rewards=None), more), "has no rewards")
+
+
+@pytest.mark.parametrize("kind", ["group", "empty", "link"])
+def test_next_observations_that_are_no_array_are_an_error(write, kind):
+    """Passed over, shuffled rows would be joined to those behind them."""
+
+    def more(file):
+        if kind == "group":
+            file["next_observations/data"] = good()["observations"]
+        elif kind == "empty":
+            file.create_dataset("next_observations", data=h5py.Empty("f4"))
+        else:
+            file["next_observations"] = h5py.SoftLink("/nothing")
+
+    path = write(good(), more)
+    with pytest.raises(
+        d4rl.DatasetError, match="next_observations are no array but .*: write them"
+    ):
+        d4rl.qlearning_dataset(HOPPER, data=path)
 
 
 def test_null_arrays_groups_and_what_is_not_per_step_are_passed_over(write):
@@ -249,7 +268,8 @@ print(d4rl.get_dataset("{HOPPER}", {str(path)!r})["rewards"].sum())"""
 
 def test_describe_and_check_read_only_what_they_use(write, tmp_path, monkeypatch):
     more = {"infos/qpos": np.zeros((N, 6)), "infos/qvel": np.zeros((N, 6)),
-            "infos/other": np.zeros(N), "next_observations": good()["observations"]}  # fmt: skip
+            "infos/other": np.zeros(N),
+            "next_observations": np.roll(good()["observations"], -1, 0)}  # fmt: skip
     path, seen = write(good(**more)), []
 
     def read(array, name, real=hdf5.read):
@@ -258,8 +278,8 @@ def test_describe_and_check_read_only_what_they_use(write, tmp_path, monkeypatch
 
     monkeypatch.setattr(hdf5, "read", read)
     report.describe(HOPPER, path)
-    assert sorted(seen) == sorted(STEP_KEYS)
+    assert sorted(seen) == sorted(TRANSITION_KEYS)
     seen.clear()
     with contextlib.suppress(d4rl.DatasetError):
         report.check(HOPPER, path, limit=1)
-    assert sorted(seen) == sorted((*STEP_KEYS, "infos/qpos", "infos/qvel"))
+    assert sorted(seen) == sorted((*TRANSITION_KEYS, "infos/qpos", "infos/qvel"))

@@ -7,7 +7,7 @@ import pytest
 from gymnasium.envs.mujoco.inverted_pendulum_v5 import InvertedPendulumEnv
 
 import d4rl_gymnasium as d4rl
-from d4rl_gymnasium import regenerate, tasks
+from d4rl_gymnasium import regenerate, report, tasks
 from d4rl_gymnasium.__main__ import main
 
 PENDULUM = "pendulum-mine-v0"
@@ -122,6 +122,39 @@ def test_what_an_environment_keeps_beside_the_simulators_state_is_resumed():
     finally:
         forget("alternating-mine-v0")
         forget("Alternating-v0")
+
+
+@pytest.mark.parametrize("own", ["Ant-v5", "Humanoid-v5"])
+def test_rewards_of_resumed_environments_are_those_of_the_first(own):
+    """These two take the place before a step from what the simulator computed in the last one."""
+    env_id = f"{own[:-3].lower()}-mine-v0"
+    d4rl.register_task(env_id, own)
+    try:
+        env, other = (d4rl.ResumableEnv(gymnasium.make(env_id)) for _ in range(2))
+        actions = np.random.default_rng(0).uniform(-1, 1, (12, *env.action_space.shape))
+        rollout(env, actions[:4].astype(np.float32))
+        other.load_state_dict(env.state_dict())
+        for action in actions[4:].astype(np.float32):
+            (state, reward, *_), (state_2, reward_2, *_) = env.step(action), other.step(action)
+            assert reward == reward_2
+            np.testing.assert_array_equal(state, state_2)
+    finally:
+        forget(env_id)
+
+
+def test_check_replays_a_file_with_rescaled_actions(pendulum, file):
+    found = report.check(pendulum, file)
+    assert found["rewards"]["agree"] == found["rewards"]["compared"] > 100
+    assert found["observations"]["agree"] == found["observations"]["compared"] > 100
+
+
+def test_one_action_needs_an_axis_of_its_own(pendulum, file):
+    with h5py.File(file, "a") as content:
+        actions = content["actions"][:, 0]
+        del content["actions"]
+        content["actions"] = actions
+    with pytest.raises(d4rl.DatasetError, match=r"needs \(200, 1\): write them with a second axis"):
+        d4rl.get_dataset(pendulum, file)
 
 
 def test_it_has_no_data_but_its_files(pendulum, capsys):

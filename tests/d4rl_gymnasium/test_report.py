@@ -182,7 +182,32 @@ def test_maze_rewards_are_checked_where_the_goals_are_known(maze_file, tmp_path)
     del arrays["infos/rewarded_goal"]
     unknown = report.check(MAZE, written(tmp_path / "bare.hdf5", arrays))
     assert unknown["rewards"] == {"compared": 0, "agree": 0}
-    assert "rewards: not compared" in report.check_text(MAZE, "bare.hdf5", unknown)
+    lines = report.check_text(MAZE, "bare.hdf5", unknown).splitlines()
+    assert "rewards: nothing to compare, the file has no infos/rewarded_goal" in lines
+
+
+def test_shuffled_rows_are_replayed_to_their_own_next_observations(tmp_path):
+    """As a cloud of transitions they can be checked; they are no episodes to describe."""
+    arrays = {k: x for k, x in arrays_of(SAMPLE).items() if not k.startswith("infos/")}
+    arrays["next_observations"] = np.roll(arrays["observations"], -1, axis=0)
+    inside = np.flatnonzero(~(arrays["terminals"] | arrays["timeouts"]))[:-1]
+    rows = np.random.default_rng(0).permutation(inside)
+    path = written(tmp_path / "shuffled.hdf5", {k: x[rows] for k, x in arrays.items()})
+    found = report.check(HOPPER, path)
+    for name in ("observations", "rewards", "terminals"):
+        assert found[name]["agree"] == found[name]["compared"] == len(rows)
+    with pytest.raises(d4rl.DatasetError, match="no episodes in order"):
+        report.describe(HOPPER, path)
+
+
+def test_without_timeouts_episodes_are_cut_at_the_limit(tmp_path):
+    """As d4rl.sequence_dataset cuts them: 1,000, 999 and 501 rows."""
+    n = 2_500
+    arrays = {"observations": np.zeros((n, 11)), "actions": np.zeros((n, 3))}
+    arrays |= {"rewards": np.ones(n), "terminals": np.zeros(n, bool)}
+    found, _ = report.describe(HOPPER, written(tmp_path / "no_timeouts.hdf5", arrays))
+    assert (found["episodes"], found["timeouts"]) == (3, "no such key")
+    assert found["length"]["mean"] == pytest.approx(n / 3)
 
 
 @pytest.mark.parametrize("key, n", [("actions", 60), ("rewards", 60), ("terminals", 60)])
@@ -220,6 +245,15 @@ def test_errors_end_in_one_line(args, part):
         main(args)
     message = stop.value.code
     assert message.startswith("error: ") and part in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "flags, least", [(["--limit", "0"], 1), (["--limit", "-390"], 1), (["--seed", "-1"], 0)]
+)
+def test_numbers_out_of_range_are_refused(capsys, flags, least):
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", str(SAMPLE), HOPPER, *flags])
+    assert f"must be a whole number from {least} to 10^8" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_one_line(monkeypatch, tmp_path):

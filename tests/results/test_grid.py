@@ -16,7 +16,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 import grid
@@ -354,14 +353,7 @@ def test_the_last_four_evaluations_come_after_updates(script, file):
 # --- Runs in this process ---
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_users_start_from_the_offline_agents_and_find_the_cache(tmp_path, one_thread):
+def test_users_start_from_the_offline_agents_and_find_the_cache(tmp_path):
     """The commands of a plan, run here: after the preparing runs nothing is made twice."""
     options = TINY | TINY_DARE | {"runs_dir": str(tmp_path), "cql_n_actions": "2"}
     runs = grid.plan(["fig13", "table1"], options, ["dare_cql_no_guidance", "dare_iql"], [ENV], [1])
