@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import diffusion
+from d4rl_gymnasium.files import write
 from lib.attempt import git_commit, hardware
 from lib.checkouts import calls_of
 from lib.experiments import ROOT
@@ -237,6 +238,7 @@ def time_script(script: str, args) -> dict:
     settings |= {"offline_iterations": 2 * n, "online_iterations": 500 + 2 * n, "log_freq": n}
     settings |= {"initial_collection_steps": 500, "eval_freq": 10**6, "offline_eval_freq": 10**6}
     settings |= {"behavior_iterations": 0, "energy_iterations": 0, "n_support_states": 256}
+    settings |= {k: getattr(args, k) for k in ("threads", "compile", "cuda_graph")}
     if args.config:
         settings = {"config_path": args.config} | settings
     known = {"config_path", *module.TrainConfig.__dataclass_fields__}
@@ -286,6 +288,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="steps of --scripts to time")
     parser.add_argument("--output", type=Path, help="CSV file to append the table to")
     args = parser.parse_args()
+    args.scripts = [x.strip() for x in args.scripts.split(",")] if args.scripts else []
+    for script in args.scripts:
+        if not (ROOT / "algorithms" / f"{script}.py").exists():
+            parser.error(f"there is no algorithms/{script}.py")
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {args.output.parent}")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but torch sees no CUDA device; use --device cpu")
     return args
@@ -329,16 +337,16 @@ def main():
     torch.manual_seed(0)
     settings = {k: getattr(args, k) for k in ("threads", "precision", "compile", "cuda_graph")}
     machine = {"hardware": hardware(), **settings, "torch": str(torch.__version__)}
+    machine |= {"commit": git_commit(), "command": shlex.join(["python", *sys.argv])}
     if args.device == "cuda" and (gpu := torch.cuda.get_device_name()) not in machine["hardware"]:
         machine["hardware"] += f", {gpu}"
     if args.against:
-        machine |= {"commit": git_commit(), "command": shlex.join(["python", *sys.argv])}
-        return write(args.output, compare(args, machine))
+        return append(args.output, compare(args, machine))
     if args.scripts:
-        rows = [time_script(script, args) | machine for script in args.scripts.split(",")]
+        rows = [time_script(script, args) | machine for script in args.scripts]
         for row in rows:
             print(", ".join(f"{k} {v}" for k, v in row.items()))
-        return write(args.output, rows)
+        return append(args.output, rows)
     calls = {**agents(args), **sampler(args), **environments(args)}
     calls = {name: call for name, call in calls.items() if (args.profile or args.only) in name}
     if not calls:
@@ -355,21 +363,20 @@ def main():
         row = {"computation": name, **clock.measure(call)}
         print_row(row, WIDTHS)
         rows.append(row | machine)
-    return write(args.output, rows)
+    return append(args.output, rows)
 
 
-def write(path: Path | None, rows: list[dict]):
+def append(path: Path | None, rows: list[dict]):
     """Append rows to a CSV file, with a header if it is new."""
     if not path:
         return
-    header, *lines = csv_text(rows).splitlines(keepends=True)
-    with open(path, "a+") as file:
-        file.seek(0)
-        if (old := file.readline()) not in ("", header):
-            new = path.with_suffix(f".{time.time():.0f}{path.suffix}")
-            new.write_text("".join([header, *lines]))
-            sys.exit(f"error: {path} has other columns; these rows are in {new}")
-        file.writelines(lines if old else [header, *lines])
+    header, lines = csv_text(rows).split("\n", 1)
+    old = path.read_text() if path.exists() else ""
+    if old and old.split("\n", 1)[0] != header:
+        new = path.with_suffix(f".{time.time():.0f}{path.suffix}")
+        write(new, f"{header}\n{lines}")
+        sys.exit(f"error: {path} has other columns; these rows are in {new}")
+    write(path, old + lines if old else f"{header}\n{lines}")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from d4rl_gymnasium.files import contents_of, load, write
+from d4rl_gymnasium.files import contents_of, load
 from d4rl_gymnasium.runs import errors_in_one_line
-from lib.records import csv_text, read_rows, read_yaml
+from lib.records import add_rows, read_yaml
 
 KEY = "method", "env", "seed"
 
@@ -47,8 +47,7 @@ def main():
         for row in new:
             print(*(f"{x:.3f}" if isinstance(x, float) else x for x in row.values()))
         if args.csv:
-            rows = {tuple(row[k] for k in KEY): row for row in read_rows(args.csv) + new}
-            write(args.csv, csv_text([rows[key] for key in sorted(rows)]))
+            add_rows(args.csv, new, KEY, own="before")
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ import d4rl_gymnasium as d4rl
 from lib.experiments import ROOT
 
 sys.path.insert(0, str(ROOT / "algorithms"))
-from d4rl_gymnasium.files import contents_of, load, save_figure, write  # noqa: E402
+from d4rl_gymnasium.files import contents_of, load, save_figure  # noqa: E402
 from d4rl_gymnasium.runs import errors_in_one_line, parse  # noqa: E402
 from diffusion import EnergyGuidedSampler  # noqa: E402
 from figures import STYLE, grid  # noqa: E402
-from lib.records import csv_text, read_rows  # noqa: E402
+from lib.records import add_rows, read_rows  # noqa: E402
 
 N_ROWS, N_BINS, BATCH, HORIZON = 2_500, 40, 250, 500
 RUN = "env", "name", "seed"
@@ -184,21 +184,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a DARE-I run")
     parser.add_argument("--csv", type=Path, required=True, help="table to append the rows to")
-    parser.add_argument("--picture", type=Path, help="PNG of all rows of the table")
+    parser.add_argument("--picture", type=Path, help="PNG of all rows of this run")
     args = parser.parse_args()
+    if args.picture and args.picture.suffix != ".png":
+        parser.error("--picture ends in .png")
     with errors_in_one_line():
-        old = read_rows(args.csv)
         new = rows_of(args.run.resolve())
-        own = [new[0][k] for k in RUN]
-        others = [row for row in old if [row[k] for k in (*RUN, "step")] != [*own, new[0]["step"]]]
-        write(args.csv, csv_text(others + new))
+        add_rows(args.csv, new, (*RUN, "step"), own="separation")
         print(f"step {new[0]['step']:,}: {100 * new[0]['exchanged']:.1f}% of each half exchanged")
         for row in (row for row in new if "q" in row):
             means = f"mean Q {row['q']:.1f}, return {row['return']:.1f}"
             print(f"step {row['step']:,}: {row['group']}: {row['n']} rows, {means}")
         if args.picture:
             with matplotlib.style.context(STYLE):
-                rows = [row for row in read_rows(args.csv) if [row[k] for k in RUN] == own]
+                run = [new[0][k] for k in RUN]
+                rows = [row for row in read_rows(args.csv) if [row[k] for k in RUN] == run]
                 save_figure(args.picture, draw(rows))
 
 

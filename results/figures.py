@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from d4rl_gymnasium.files import write
-from lib.experiments import METHODS, PICTURES, ROOT, Experiment
-from lib.records import Record, by_seed, described, matched, read_records
+from lib.experiments import PICTURES, ROOT, Experiment, method_of
+from lib.records import Record, by_seed, described, matched, read_records, unfinished
 from lib.statistics import mean_of_tasks, t_interval
 
 STYLE = ROOT / "results" / "style.mplstyle"
@@ -54,8 +54,11 @@ def panels_of(plan: Experiment, records: list[Record]) -> dict:
             method: [r for r in records if (r.method, r.env) == (method, task)]
             for method in plan.methods
         }
-        runs = {method: found for method, found in runs.items() if found}
         alone = plan.shows in ALONE
+        if alone:  # runs that have the quantity
+            runs = {m: [r for r in found if len(series(r, plan.shows)[0])]
+                    for m, found in runs.items()}  # fmt: skip
+        runs = {method: found for method, found in runs.items() if found}
         if len(runs) < 2 - alone or (plan.shows == "differences" and plan.methods[-1] not in runs):
             continue
         panels[task] = runs
@@ -76,7 +79,7 @@ def series(record: Record, shows: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean_and_band(records: list[Record], shows: str) -> tuple:
-    """Steps [T], mean over seeds [T], and lower and upper end of its band [2, T].
+    """Steps [T] to the end of the shortest seed, mean over seeds [T], and its band's ends [2, T].
 
     This is the range of fewer than four seeds, whose interval would hide them, and otherwise the
     mean's 95% t interval.
@@ -84,7 +87,8 @@ def mean_and_band(records: list[Record], shows: str) -> tuple:
     Raises:
         ValueError: the seeds do not have the same steps.
     """
-    runs = [series(record, shows) for record in records]
+    shortest = min(record.n_steps for record in records)
+    runs = [series(record.until(shortest), shows) for record in records]
     steps = runs[0][0]
     if any(not np.array_equal(steps, other) for other, _ in runs):
         raise ValueError(f"the seeds of {records[0].method} on {records[0].env} were logged at "
@@ -120,14 +124,17 @@ def caption(plan: Experiment, panels: dict) -> str:
     for task, runs in panels.items():
         methods, steps = defaultdict(set), defaultdict(int)
         for record in (r for records in runs.values() for r in records):
-            methods[record.origin].add(METHODS[record.method].label)
+            methods[record.origin].add(method_of(record.method).label)
             steps[record.origin] = max(steps[record.origin], record.n_steps)
         for origin, labels in methods.items():
             labels = f"{', '.join(sorted(labels))} on " if len(methods) > 1 else ""
             who[described(*origin, steps[origin])][labels].append(task.removesuffix("-v2"))
-    counts = {len(records) for runs in panels.values() for records in runs.values()}
+    counts, unit = {len(records) for runs in panels.values() for records in runs.values()}, "seed"
+    if plan.shows == "differences":
+        found = differences(plan, panels)
+        counts, unit = {len(x) for by_task in found.values() for x in by_task.values()}, "pair"
     seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
-    parts = [f"{seeds} seed{'s' if seeds != '1' else ''}"]
+    parts = [f"{seeds} {unit}{'s' if seeds != '1' else ''}"]
     for sizes, tasks in who.items():
         names = [labels + ", ".join(sorted(found)) for labels, found in tasks.items()]
         parts.append(f"{', '.join(names)}: " * (len(who) > 1) + sizes)
@@ -177,7 +184,7 @@ def draw_curves(plan: Experiment, panels: dict) -> Figure:
     for ax, runs in zip(axes, panels.values(), strict=True):
         for method, records in runs.items():
             steps, mean, band = mean_and_band(records, plan.shows)
-            label, color = METHODS[method].label, METHODS[method].color
+            label, color = method_of(method).label, method_of(method).color
             ax.fill_between(steps, *band, color=color, alpha=0.15, lw=0)
             (lines[label],) = ax.plot(steps, mean, color=color, label=label)
         if start := first_update(runs):
@@ -197,7 +204,7 @@ def draw_curves(plan: Experiment, panels: dict) -> Figure:
 def draw_differences(plan: Experiment, panels: dict) -> Figure:
     """Forest plot: paired differences from DARE with their intervals, a panel per task.
 
-    "all tasks" has the mean over tasks of the methods that are on all of the panels.
+    "all tasks" has the mean over tasks of the methods that have two pairs on all of the panels.
     """
     dare, found = plan.methods[-1], differences(plan, panels)
     tasks = [task for task in panels if any(task in values for values in found.values())]
@@ -205,21 +212,21 @@ def draw_differences(plan: Experiment, panels: dict) -> Figure:
         raise ValueError(f"no method has a seed in common with {dare}; run the same seeds")
     strata = {(m, task): [x] for m, values in found.items() for task, x in values.items()}
     if len(tasks) > 1:
-        strata |= {(m, "all tasks"): list(values.values())
-                   for m, values in found.items() if len(values) == len(tasks)}  # fmt: skip
+        strata |= {(m, "all tasks"): list(values.values()) for m, values in found.items()
+                   if len(values) == len(tasks) and min(map(len, values.values())) > 1}  # fmt: skip
         tasks += ["all tasks"] * any(task == "all tasks" for _, task in strata)
-    label = AXES[plan.shows] + METHODS[dare].label
-    figure, axes = grid(tasks, label, caption(plan, panels), 0.35 + 0.11 * len(found))
+    xlabel = AXES[plan.shows] + method_of(dare).label
+    figure, axes = grid(tasks, xlabel, caption(plan, panels), 0.35 + 0.11 * len(found))
     for i, (ax, task) in enumerate(zip(axes, tasks, strict=True)):
         ax.axvline(0, color="0.4", lw=0.6, zorder=1)
         for row, method in enumerate(found):
             if values := strata.get((method, task)):
-                label, color = METHODS[method].label, METHODS[method].color
+                label, color = method_of(method).label, method_of(method).color
                 mean = float(mean_of_tasks(values))
                 ax.plot(t_interval(values) or (mean, mean), [row, row], color=color)
                 ax.plot([mean], [row], "o", ms=3, color=color, label=label)
         first = i % ax.get_gridspec().ncols == 0
-        ax.set_yticks(range(len(found)), [METHODS[m].label if first else "" for m in found])
+        ax.set_yticks(range(len(found)), [method_of(m).label if first else "" for m in found])
         ax.set_ylim(len(found) - 0.5, -0.5)
         ax.locator_params(axis="x", nbins=4)
     return figure
@@ -264,12 +271,14 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("figures"), help="default: figures/")
     parser.add_argument("--format", choices=["png", "pdf"], default="png")
     args = parser.parse_args()
-    names = args.figure.split(",") if args.figure else list(PICTURES)
+    names = [x.strip() for x in args.figure.split(",")] if args.figure else list(PICTURES)
     if unknown := [name for name in names if name not in PICTURES]:
         sys.exit(f"error: no figure {', '.join(unknown)}; there are {', '.join(PICTURES)}")
     drawn = 0
     try:
         records = read_records(args.path)
+        if left := unfinished(args.path):
+            print(f"not finished, left out: {', '.join(left)}")
         for name in names:
             try:
                 with matplotlib.style.context(STYLE):

@@ -417,6 +417,14 @@ def parse_arguments() -> argparse.Namespace:
             setattr(args, name, [word.strip() for word in text.split(",")])
     if unknown := set(args.methods or []) - set(METHODS):
         parser.error(f"no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
+    plans = [EXPERIMENTS[name] for name in args.experiments]
+    methods = list(dict.fromkeys(method for plan in plans for method in plan.methods))
+    for method in args.methods or []:
+        if method not in methods:
+            parser.error(f"these experiments have no {method}; they have {', '.join(methods)}")
+    for part in args.tasks or []:
+        if not any(part in task for plan in plans for task in plan.tasks):
+            parser.error(f"these experiments have no task with {part} in its name")
     if not all(seed.isdecimal() for seed in args.seeds or []):
         parser.error("--seeds are whole numbers with commas between")
     args.seeds = [int(seed) for seed in args.seeds] if args.seeds else None

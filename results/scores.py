@@ -23,10 +23,9 @@ from pathlib import Path
 
 import torch
 
-from d4rl_gymnasium.files import write
 from d4rl_gymnasium.runs import errors_in_one_line
 from exchange import N_ROWS, restored, scores_of
-from lib.records import csv_text, read_rows
+from lib.records import add_rows
 
 KEY = "env", "name", "seed", "step"
 MEASURES = "auc", "auc_newest", "mu_offline", "mu_online"
@@ -95,10 +94,7 @@ def main():
             for row in new:
                 print(*(f"{x:.3f}" if k in MEASURES else x for k, x in row.items()))
             if args.csv:
-                own = [new[0][k] for k in KEY]
-                old = [row for row in read_rows(args.csv) if [row[k] for k in KEY] != own]
-                rows = sorted(old + new, key=lambda row: [row[k] for k in KEY])
-                write(args.csv, csv_text(rows))
+                add_rows(args.csv, new, KEY, own="auc_newest")
             sys.stdout.flush()
 
 

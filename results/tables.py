@@ -4,11 +4,11 @@
     python results/tables.py collect RUNS FOLDER  write the records of finished runs, to commit
     python results/tables.py pages [--check]    write the generated pages of this repository
 
-`--table` takes table1, 2, 3, 8, 9, 10, 11 of the paper; `scores`, `comparison` (all methods and
-tasks that there are, paired with the baseline and with DARE), `questions` (what DARE's parts do, by
-each measure), `pairs` (every two methods), `exchange`, `cost` and `claims` (what the paper says,
-against the runs). A cell is mean ± population standard deviation (runs); lib/statistics.py says how
-intervals are made.
+`--table` takes table1, table2, table3, table8 to table11 of the paper; `scores`, `comparison` (all
+methods and tasks that there are, paired with the baseline and with DARE), `questions` (what DARE's
+parts do, by each measure), `paper` (the paper's differences beside ours), `pairs` (every two
+methods), `exchange`, `cost` and `claims` (what the paper says, against the runs). A cell is mean ±
+population standard deviation (runs); lib/statistics.py says how intervals are made.
 """
 
 import argparse
@@ -37,9 +37,17 @@ from lib.experiments import (
     kind_of,
     method_of,
 )
-from lib.records import by_seed, matched, read_records, read_rows, sizes_of, write_records
+from lib.records import (
+    by_seed,
+    matched,
+    read_records,
+    read_rows,
+    sizes_of,
+    unfinished,
+    write_records,
+)
 from lib.statistics import bootstrap, iqm, mean_of_tasks, t_interval
-from lib.table import PAPER_SIZES, Cell, Table, difference, summary
+from lib.table import PAPER_SIZES, Cell, Table, difference, in_short, summary
 
 RECORDS = ROOT / "results"
 
@@ -197,11 +205,7 @@ def comparison(runs: dict) -> list[Table]:
     for method in methods:
         row = {"method": method_of(method).label}
         for heading, other in AGAINST.items():
-            pairs = [
-                differences(runs, method, other(method), t) for t in tasks if (method, t) in runs
-            ]
-            several = [pair for pair in pairs if len(pair[0]) > 1]
-            pairs = several or [pair for pair in pairs if len(pair[0])]
+            pairs = averaged([differences(runs, method, other(method), task) for task in tasks])
             row[f"tasks ({heading})"] = len(pairs) or None
             row[heading] = over_tasks(pairs)
         if any(row[heading] for heading in AGAINST):
@@ -236,8 +240,7 @@ def pairs(runs: dict) -> list[Table]:
     for other, method in methods:
         row = {"method": method_of(method).label, "minus": method_of(other).label}
         for k, of in measures.items():
-            found = [differences(runs, method, other, task, of) for task in tasks]
-            found = [pair for pair in found if len(pair[0])]
+            found = averaged([differences(runs, method, other, task, of) for task in tasks])
             row |= {"task": f"{len(found)} tasks", k: over_tasks(found)}
         if len(found) > 1:
             rows.append(row)
@@ -246,7 +249,8 @@ def pairs(runs: dict) -> list[Table]:
         Table("Every two methods", [{k: row.get(k) for k in order} for row in rows],
               ["Differences of last-four means (pairs of runs), with 95% t intervals; then of the "
                "means of all evaluations after online updates, and of the last evaluation. Over "
-               "several tasks: their mean, and the interval stratified by task."])
+               "several tasks, those with two pairs or more if there are any: their mean, and the "
+               "interval stratified by task."])
     ]  # fmt: skip
 
 
@@ -317,21 +321,28 @@ MEASURES = {  # of a record: in a title, and in a note
 def questions(runs: dict, of: str = "last_four") -> list[Table]:
     """What the parts of DARE do, on each task and, if there are several, over all."""
     rows, tasks, (more, measure) = [], sorted({task for _, task in runs}), MEASURES[of]
+    sizes = defaultdict(set)  # of the pairs on each task
     for question, (method, other) in QUESTIONS.items():
         found = {task: differences(runs, method, other, task, of) for task in tasks}
         cells = {task: difference(*pair) for task, pair in found.items()}
         if len(tasks) > 1:
-            pairs = [pair for pair in found.values() if len(pair[0]) > 1]
+            pairs = averaged(found.values())
             cells["all"] = over_tasks(pairs) if len(pairs) > 1 else None
         if any(cells.values()):
             cells = {k: cell and replace(cell, sizes="") for k, cell in cells.items()}
             rows.append({"question": question, **cells})
+        for task, (_, text) in found.items():
+            sizes[task].update(text.splitlines())
     note = f"Differences of {measure} (pairs of runs), with 95% t intervals, at the smaller "
     note += "number of online steps."
     if len(tasks) > 1:
         note += " All: mean over the tasks of a row that have two pairs or more, the interval "
         note += "stratified by task."
-    return [Table(f"What does what{more}", rows, [note])]
+    notes = [note]
+    if of == "last_four":
+        lines = {task: "\n".join(sorted(texts)) for task, texts in sizes.items() if texts}
+        notes += [f"{task}: {in_short(text)}." for task, text in lines.items()]
+    return [Table(f"What does what{more}", rows, notes)]
 
 
 def questions_in_each_way(runs: dict) -> list[Table]:
@@ -340,11 +351,20 @@ def questions_in_each_way(runs: dict) -> list[Table]:
     if tables[1].rows == tables[0].rows:  # no more than four evaluations come after updates
         del tables[1]
     records = [record for seeds in runs.values() for record in seeds.values()]
-    shortest = min(record.n_steps for record in records)
+    shortest = min((r.n_steps for r in records if r.n_steps), default=0)
     if any(record.n_steps > shortest for record in records):
         (early,) = questions(by_seed([record.until(shortest) for record in records]))
         tables.append(replace(early, title=f"{early.title}, at {shortest:,} online steps"))
     return tables
+
+
+def averaged(pairs) -> list[tuple]:
+    """Of (differences, sizes) by task those that a mean is over: with two pairs of runs or more.
+
+    Where no task has two, those with one.
+    """
+    several = [pair for pair in pairs if len(pair[0]) > 1]
+    return several or [pair for pair in pairs if len(pair[0])]
 
 
 def over_tasks(pairs: list[tuple]) -> Cell | None:
@@ -402,7 +422,8 @@ def scores(runs: dict) -> list[Table]:
     """
     tasks, rows = sorted({task for _, task in runs}), []
     counts = {method: sum((method, task) in runs for task in tasks) for method, _ in runs}
-    for method in in_order([m for m in counts if counts[m] >= min(2, max(counts.values()))]):
+    shown = in_order([m for m in counts if counts[m] >= min(2, max(counts.values()))])
+    for method in shown:
         label, measures = method_of(method).label, {"": lambda r: r.last_four}
         if method == method_of(method).baseline:
             measures = {" before fine-tuning": lambda r: r.offline_score} | measures
@@ -414,11 +435,14 @@ def scores(runs: dict) -> list[Table]:
             rows.append(row)
     n_seeds, over = {len(seeds) for seeds in runs.values()}, "(n) seeds"
     if len(n_seeds) == 1:  # said once, not in every cell
-        over = f"{n_seeds.pop()} seeds"
+        n = n_seeds.pop()
+        over = f"{n} seeds" if n > 1 else "one seed"
         rows = [{k: replace(x, seeds=None) if isinstance(x, Cell) else x for k, x in row.items()}
                 for row in rows]  # fmt: skip
     note = "A seed's score is the mean of its last four evaluations; mean ± population standard "
     note += f"deviation over {over}."
+    if hidden := in_order([m for m in counts if m not in shown]):
+        note += f" On one task alone: {', '.join(method_of(m).label for m in hidden)}."
     return [Table("Scores after fine-tuning", rows, [note])]
 
 
@@ -600,7 +624,7 @@ def answer_block() -> str:
             row |= {k: difference(pairs[i][0], "") for k, pairs in over.items()}
             rows.append(row)
         if len(tasks) > 1:
-            means = {k: replace(over_tasks(pairs), sizes="") for k, pairs in over.items()}
+            means = {k: replace(over_tasks(averaged(x)), sizes="") for k, x in over.items()}
             rows.append({"task": f"mean of the {len(tasks)} tasks"} | means)
     for row in rows:
         for key, cell in row.items():
@@ -690,30 +714,43 @@ def pages() -> dict[Path, str]:
 # --- Command line ---
 
 
+def words(text: str) -> list[str]:
+    """Words with commas between."""
+    return [word.strip() for word in text.split(",")]
+
+
 def show(args) -> list[Table]:
     """Tables that the command line asks for.
 
     Raises:
         ValueError: there is no such table, or there are no runs.
     """
-    names, known = args.table.split(","), [*PAPER_TABLES, *OTHERS]
+    names, known = args.table, [*PAPER_TABLES, *OTHERS]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no table {unknown[0]}; there are {', '.join(known)}")
     records, tables = read_records(args.path), []
+    if left := unfinished(args.path):
+        print(f"not finished, left out: {', '.join(left)}", file=sys.stderr)
     if args.until is not None:
-        if args.until < 0:
-            raise ValueError("--until is an online step: 0 or more")
         records = [record.until(args.until) for record in records]
+    for part in args.tasks or []:
+        if not any(part in r.env for r in records):
+            raise ValueError(f"the runs of {args.path} have nothing for {part} of --tasks")
+    for seed in args.seeds or []:
+        if seed not in {str(r.seed) for r in records}:
+            raise ValueError(f"the runs of {args.path} have nothing for {seed} of --seeds")
     if args.tasks:
-        records = [r for r in records if any(part in r.env for part in args.tasks.split(","))]
+        records = [r for r in records if any(part in r.env for part in args.tasks)]
     if args.seeds:
-        records = [r for r in records if str(r.seed) in args.seeds.split(",")]
+        records = [r for r in records if str(r.seed) in args.seeds]
+    if not records:
+        raise ValueError(f"the runs of {args.path} have none of these seeds on these tasks")
     runs = by_seed(records)
     for name in names:
         paper = name in PAPER_TABLES
         tables += paper_table(runs, name, args.paper) if paper else OTHERS[name](runs)
     if not (tables := [table for table in tables if table.rows]):
-        raise ValueError(f"the runs of {args.path} have nothing for {args.table}")
+        raise ValueError(f"the runs of {args.path} have nothing for {', '.join(names)}")
     return tables
 
 
@@ -725,11 +762,13 @@ def main():
     actions = parser.add_subparsers(dest="action", required=True)
     action = actions.add_parser("show", help="print tables")
     action.add_argument("path", type=Path, help="runs directory, or folder of records")
-    action.add_argument("--table", default="scores,comparison,exchange,claims,cost",
-                        help="names, with commas between")  # fmt: skip
-    action.add_argument("--until", type=int, metavar="STEP", help="cut all runs at this step")
-    action.add_argument("--tasks", help="only of these parts of task names, commas between")
-    action.add_argument("--seeds", help="only of these seeds, commas between")
+    action.add_argument("--table", type=words, default="scores,comparison,exchange,claims,cost",
+                        help=f"of {', '.join([*PAPER_TABLES, *OTHERS])}; commas between; "
+                        "default: %(default)s")  # fmt: skip
+    action.add_argument("--until", type=int, metavar="STEP",
+                        help="cut runs that go on beyond this online step")  # fmt: skip
+    action.add_argument("--tasks", type=words, help="only of these parts of task names")
+    action.add_argument("--seeds", type=words, help="only of these seeds, commas between")
     action.add_argument("--format", choices=["markdown", "latex"], default="markdown")
     action.add_argument("--paper", action="store_true", help="the paper's numbers beside")
     action = actions.add_parser("collect", help="write the records of finished runs")
@@ -744,11 +783,17 @@ def main():
     action.add_argument("--check", action="store_true", help="write nothing, fail if they differ")
     args = parser.parse_args()
     try:
+        if getattr(args, "until", None) is not None and args.until < 0:
+            raise ValueError("--until is an online step: 0 or more")
         if args.action == "show":
             print("\n".join(getattr(table, args.format)() for table in show(args)), end="")
         elif args.action == "collect":
             experiment = EXPERIMENTS.get(args.experiment)
-            write_records(args.runs_dir, args.folder, args.until, args.add, experiment)
+            where = args.runs_dir, args.folder
+            records = write_records(*where, args.until, args.add, experiment)
+            print(f"{args.folder} has {len(records)} runs")
+            if args.until is None and (left := unfinished(args.runs_dir)):
+                print(f"not finished, left out: {', '.join(left)}")
         else:
             for path, text in pages().items():
                 stale = not path.exists() or path.read_text() != text

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,7 +75,7 @@ class Record:
     def after_updates(self) -> float:
         """Mean score of all evaluations after online updates; of none, offline_score."""
         steps, scores = self.scores()
-        found = scores[steps > int(self.settings["initial_collection_steps"])]
+        found = scores[steps > int(self.settings.get("initial_collection_steps", 0))]
         return float(found.mean()) if len(found) else self.offline_score
 
     @property
@@ -187,16 +188,33 @@ def read_run(directory: Path) -> Record:
     return Record(method, env, int(seed.removeprefix("seed_")), settings, *rows)
 
 
+def run_folders(runs_dir: Path, preparing: bool = False) -> list[Path]:
+    """Folders NAME/ENV/seed_N of runs that have begun: grid.py's preparing ones, or the others.
+
+    Folders of other names, such as seed_0_old, were moved away.
+    """
+    found = [path.parent for path in sorted(runs_dir.glob("*/*/seed_*/config.yaml"))]
+    found = [x for x in found if x.name.removeprefix("seed_").isdecimal()]
+    return [x for x in found if x.parts[-3].startswith(PREPARING) == preparing]
+
+
+def unfinished(runs_dir: Path) -> list[str]:
+    """Runs that have begun and are not finished, as NAME/ENV/seed_N."""
+    return ["/".join(x.parts[-3:]) for x in run_folders(runs_dir) if not is_finished(x)]
+
+
 def read_runs(runs_dir: Path, preparing: bool = False, until: int | None = None) -> list[Record]:
     """Records of the finished runs in a runs directory, or of the preparing ones of grid.py.
 
-    With `until` those of the runs that have reached this online step, as they were there.
+    With `until` also of unfinished runs that have reached this online step; all are cut there.
     """
-    found = [path.parent for path in sorted(runs_dir.glob("*/*/seed_*/config.yaml"))]
-    found = [x for x in found if x.parts[-3].startswith(PREPARING) == preparing]
-    if until is None:
-        return [read_run(directory) for directory in found if is_finished(directory)]
-    return [record.until(until) for record in map(read_run, found) if record.reached(until)]
+    found = []
+    for folder in run_folders(runs_dir, preparing):
+        if is_finished(folder):
+            found.append(read_run(folder))
+        elif until is not None and (record := read_run(folder)).reached(until):
+            found.append(record)
+    return found if until is None else [record.until(until) for record in found]
 
 
 # --- Committed records ---
@@ -222,8 +240,10 @@ def read_records(path: Path) -> list[Record]:
                 Record(method, env, int(seed), settings, rows["eval"][key], rows["train"][key])
             )
     for record in found:
+        where = f"{record.method}/{record.env}/seed_{record.seed}"
+        if not len(record.scores()[0]):
+            raise ValueError(f"{path} has no evaluation of {where}: collect the records again")
         if missing := [key for key in REQUIRED if key not in record.settings]:
-            where = f"{record.method}/{record.env}/seed_{record.seed}"
             raise ValueError(f"the run {where} does not say its {missing[0]}; leave it out")
     return found
 
@@ -251,12 +271,13 @@ def write_records(
     until: int | None = None,
     add: bool = False,
     experiment: Experiment | None = None,
-):
+) -> list[Record]:
     """Write runs.csv, eval.csv and train.csv (online rows) of the finished runs in a directory.
 
-    With `until` of those that have reached this online step, as they were there. prepared.csv has
-    what the preparing runs of grid.py cost. With `add` other runs that the folder has are kept.
-    With `experiment` the directory may have the runs of others too.
+    With `until` also of unfinished runs that have reached this online step; all are cut there.
+    prepared.csv has what the preparing runs of grid.py cost. With `add` other runs that the folder
+    has are kept. With `experiment` the directory may have the runs of others too. Returns all
+    records of the folder.
 
     Raises:
         ValueError: there are no such runs, or nothing to add to.
@@ -268,7 +289,9 @@ def write_records(
             r for r in prepared if experiment.needs(r.method.removeprefix(PREPARING), r.env)
         ]
     if not records:
-        which = "finished run" if until is None else f"run that has reached online step {until}"
+        which = "finished run"
+        if until is not None:
+            which = f"run that has reached online step {until}, with an evaluation and a log row"
         of = f" of {experiment.title!r}" if experiment else ""
         raise ValueError(f"{runs_dir} has no {which}{of}")
     if add:
@@ -287,13 +310,14 @@ def write_records(
         return [key(r) | row for r in records for row in getattr(r, kind)
                 if kind == "eval" or row["phase"] == "online"]  # fmt: skip
 
-    write(folder / "runs.csv", csv_text([key(r) | settings(r) for r in records]))
     for kind in ("eval", "train"):
         path = folder / f"{kind}.csv"
         if found := rows(kind):
             write(path, csv_text(found))
         else:  # train.csv of runs that were never online
             path.unlink(missing_ok=True)
+    # Behind them, for rows of runs that it does not name are not read.
+    write(folder / "runs.csv", csv_text([key(r) | settings(r) for r in records]))
     jobs = "command", "commit", "hardware", "seconds", "peak_memory_gb", "attempts"
     costs = [
         {"prepared": r.method.removeprefix(PREPARING), "env": r.env, "seed": r.seed}
@@ -312,6 +336,21 @@ def write_records(
         write(folder / "prepared.csv", csv_text(costs))
     else:
         (folder / "prepared.csv").unlink(missing_ok=True)
+    return records
+
+
+def add_rows(path: Path, new: list[dict], key: tuple[str, ...], own: str):
+    """Add rows to a CSV file, in place of those with the same key.
+
+    Raises:
+        SystemExit: the file lacks the column `own`: it is another program's.
+    """
+    old = read_rows(path)
+    if old and own not in old[0]:
+        sys.exit(f"error: {path} is another program's table, without {own}: name another file")
+    replaced = [[row[k] for k in key] for row in new]
+    kept = [row for row in old if [row[k] for k in key] not in replaced]
+    write(path, csv_text(kept + new))
 
 
 # --- Runs in pairs ---
@@ -326,12 +365,17 @@ def by_seed(records: list[Record]) -> dict:
 
 
 def matched(runs: dict, methods: list[str], task: str, until: float = math.inf) -> list[tuple]:
-    """Tuples of one run a method: seeds that all have, of one origin, cut at the same step."""
+    """Tuples of one run a method: seeds that all have, of one origin, cut at the same step.
+
+    Runs that were evaluated at other steps are no pair, for their last four would be others.
+    """
     groups = [runs.get((method, task), {}) for method in methods]
     found = []
     for seed in sorted(set.intersection(*map(set, groups))):
         records = [group[seed] for group in groups]
-        if len({r.origin for r in records}) == 1:
-            steps = min(until, *(r.n_steps for r in records))
-            found.append(tuple(r.until(steps) for r in records))
+        steps = min(until, *(r.n_steps for r in records))
+        records = tuple(r.until(steps) for r in records)
+        evaluated = {tuple(r.scores()[0]) for r in records}
+        if len({r.origin for r in records}) == len(evaluated) == 1:
+            found.append(records)
     return found

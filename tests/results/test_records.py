@@ -200,6 +200,56 @@ def test_matched_runs_share_seed_origin_and_steps():
     assert records.matched(records.by_seed(group), ["iql", "pex"], H) == []
 
 
+def test_runs_that_were_evaluated_at_other_steps_are_no_pair():
+    """Their last four evaluations would be of other parts of fine-tuning."""
+    found = [run("iql", H, 0, [1] * 5), run("dare_iql", H, 0, [1] * 41)]
+    assert records.matched(records.by_seed(found), ["iql", "dare_iql"], H) == []
+    long = run("dare_iql", H, 0, [1] * 9, online_iterations=80_000)
+    (pair,) = records.matched(records.by_seed([found[0], long]), ["iql", "dare_iql"], H)
+    assert [r.n_steps for r in pair] == [40_000, 40_000]
+
+
+def test_a_run_that_was_moved_away_is_none(tmp_path):
+    runs = write_runs([run("iql", H, 0, [1] * 5), run("iql", H, 1, [2] * 5)], tmp_path)
+    for name in ("seed_0_old", "seed_0_2"):  # int("0_2") is 2
+        (runs / "iql" / H / name).mkdir()
+        for file in (runs / "iql" / H / "seed_0").iterdir():
+            (runs / "iql" / H / name / file.name).write_text(file.read_text())
+    assert [record.seed for record in records.read_records(runs)] == [0, 1]
+
+
+def test_what_is_not_finished_is_named(tmp_path):
+    runs = write_runs([run("iql", H, 0, [1] * 5), run("iql", H, 1, [2] * 5)], tmp_path)
+    (runs / "iql" / H / "seed_1" / "train.csv").write_text("phase,step\nonline,39000\n")
+    assert records.unfinished(runs) == [f"iql/{H}/seed_1"]
+    assert [record.seed for record in records.read_records(runs)] == [0]
+
+
+def test_shorter_runs_that_are_finished_are_collected_too(tmp_path):
+    short = run("iql", H, 1, [2] * 4, online_iterations=30_000)
+    runs = write_runs([run("iql", H, 0, [1] * 6, online_iterations=50_000), short], tmp_path)
+    assert [r.n_steps for r in records.read_runs(runs, until=40_000)] == [40_000, 30_000]
+
+
+def test_records_without_their_evaluations_are_refused(tmp_path):
+    runs = write_runs([run("iql", H, 0, [1] * 5)], tmp_path / "runs")
+    records.write_records(runs, tmp_path / "records")
+    (tmp_path / "records" / "eval.csv").unlink()
+    with pytest.raises(ValueError, match=f"no evaluation of iql/{H}/seed_0: collect the records"):
+        records.read_records(tmp_path / "records")
+
+
+def test_rows_are_added_in_place_of_their_like_and_to_no_other_table(tmp_path):
+    path = tmp_path / "rows.csv"
+    records.add_rows(path, [{"name": "a", "step": 1, "auc": 0.25}], ("name", "step"), own="auc")
+    new = [{"name": "a", "step": step, "auc": 0.5} for step in (1.0, 2.0)]
+    records.add_rows(path, new, ("name", "step"), own="auc")
+    assert records.read_rows(path) == new
+    with pytest.raises(SystemExit, match="rows.csv is another program's table, without std"):
+        records.add_rows(path, [{"name": "a", "step": 1, "std": 1.0}], ("name", "step"), own="std")
+    assert records.read_rows(path) == new
+
+
 def test_floats_are_written_to_six_digits():
     text = records.csv_text([{"a": 1 / 3, "b": 7}, {"a": np.float64(2e9), "c": "x"}])
     assert text == "a,b,c\n0.333333,7,\n2000000000,,x\n"  # a whole number stays one

@@ -440,8 +440,29 @@ def test_only_the_runs_of_some_tasks_and_seeds_are_shown(program):
     records += flat("dare_iql", H, [2, 4, 9]) + flat("dare_iql", W, [4, 6, 9])
     out = program(records, "--table", "scores", "--tasks", "hopper,walk", "--seeds", "0,1")
     assert "| IQL | 1.5 ± 0.5 | 3.5 ± 0.5 |" in out and "antmaze" not in out
-    with pytest.raises(SystemExit, match="have nothing for scores"):
-        program(records, "--table", "scores", "--tasks", "cheetah")
+    for flags, word in (
+        (["--tasks", "hopper, cheetah"], "have nothing for cheetah of --tasks"),
+        (["--seeds", "0, 7"], "have nothing for 7 of --seeds"),
+        (["--tasks", "antmaze", "--seeds", "1"], "have none of these seeds on these tasks"),
+    ):
+        with pytest.raises(SystemExit, match=word):
+            program(records, "--table", "scores", *flags)
+
+
+def test_one_question_has_one_answer_over_all_tasks():
+    """On the third task there is one pair, which no table averages; its 99 would show."""
+    records = flat("iql", H, [0, 0]) + flat("iql", W, [0, 0]) + flat("iql", HC, [0])
+    records += (
+        flat("dare_iql", H, [1, 3]) + flat("dare_iql", W, [4, 6]) + flat("dare_iql", HC, [99])
+    )
+    runs = by_seed(records)
+    (question,) = tables.questions(runs)[0].rows
+    pair = tables.pairs(runs)[0].rows[-1]
+    total = next(r for r in tables.comparison(runs)[0].rows if r["method"] == "DARE-I")
+    found = [question["all"], pair["difference"], total["minus baseline"]]
+    assert [(c.mean, c.seeds) for c in found] == [(3.5, 4)] * 3
+    assert found[0].interval == found[1].interval == found[2].interval
+    assert (pair["task"], total["tasks (minus baseline)"]) == ("2 tasks", 2)
 
 
 def test_tables_of_a_runs_directory_are_those_of_its_records(tmp_path, monkeypatch, capsys):
