@@ -263,11 +263,15 @@ _UNDRAWN = """
     dare_iql_no_exchange_alpha0 dare_iql_no_exchange_ten_draws dare_iql_no_exchange_small_rate
     dare_iv_no_exchange pex_utd10 edis_iql_utd10 dare_iql_utd10 dare_cql_no_exchange_alpha20
 """.split()
-_VARIANTS = [m for m in METHODS if m not in _UNDRAWN]
-_CQL, _IQL = (
-    " ".join([m for m in _VARIANTS if METHODS[m].baseline == base and m != dare] + [dare])
-    for base, dare in (("cal_ql", "dare_cql"), ("iql", "dare_iql"))
-)
+
+
+def _drawn(baseline: str, dare: str) -> str:
+    """Methods of a group in pictures of differences, DARE last."""
+    group = [m for m in METHODS if METHODS[m].baseline == baseline and m not in _UNDRAWN]
+    return " ".join(m for m in group if m != dare) + f" {dare}"
+
+
+_CQL, _IQL = _drawn("cal_ql", "dare_cql"), _drawn("iql", "dare_iql")
 _OWN = " ".join(m for m in METHODS if METHODS[m].dare not in (None, METHODS[m].script))
 PICTURES = FIGURES | {
     "fig3-iql": _group("Gaussian or direct exchange", "dare_iql_direct dare_iql", TASKS),

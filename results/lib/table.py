@@ -53,12 +53,14 @@ def difference(values, sizes: str) -> Cell | None:
 
 def in_short(sizes: str) -> str:
     """Data and sizes, one a line, as one text: where they differ with `or` between."""
-    columns = zip(*(part.rsplit(", ", 4) for part in sizes.splitlines()), strict=True)
     short = []
-    for texts in map(list, map(dict.fromkeys, columns)):
-        numbers, units = zip(*(text.split(" ", 1) for text in texts), strict=True)
-        same_unit = len(set(units)) == 1
-        short.append(f"{' or '.join(numbers)} {units[0]}" if same_unit else " or ".join(texts))
+    for column in zip(*(line.rsplit(", ", 4) for line in sizes.splitlines()), strict=True):
+        texts = list(dict.fromkeys(column))  # such as 25,000 online steps, 50,000 online steps
+        unit = " " + texts[0].split(" ", 1)[1]
+        if all(text.endswith(unit) for text in texts):
+            short.append(" or ".join(text.removesuffix(unit) for text in texts) + unit)
+        else:
+            short.append(" or ".join(texts))
     return ", ".join(short)
 
 
