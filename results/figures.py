@@ -196,7 +196,7 @@ def draw_curves(plan: Experiment, panels: dict) -> Figure:
         ax.locator_params(nbins=4)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
     figure.supylabel(AXES[plan.shows])
-    columns = min(len(lines), 2 if len(panels) == 1 else 4)
+    columns = min(len(lines), {1: 2, 2: 3}.get(len(panels), 4))
     figure.legend(lines.values(), lines, loc="outside upper center", ncols=columns)
     return figure
 

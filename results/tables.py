@@ -416,14 +416,9 @@ def beside_paper(runs: dict) -> Table:
 
 
 def scores(runs: dict) -> list[Table]:
-    """Methods x tasks: last-four means, and the score before fine-tuning.
-
-    Of the methods that are on two tasks or more, where there are any.
-    """
+    """Methods x tasks: last-four means, and the score before fine-tuning."""
     tasks, rows = sorted({task for _, task in runs}), []
-    counts = {method: sum((method, task) in runs for task in tasks) for method, _ in runs}
-    shown = in_order([m for m in counts if counts[m] >= min(2, max(counts.values()))])
-    for method in shown:
+    for method in in_order({method for method, _ in runs}):
         label, measures = method_of(method).label, {"": lambda r: r.last_four}
         if method == method_of(method).baseline:
             measures = {" before fine-tuning": lambda r: r.offline_score} | measures
@@ -441,8 +436,6 @@ def scores(runs: dict) -> list[Table]:
                 for row in rows]  # fmt: skip
     note = "A seed's score is the mean of its last four evaluations; mean ± population standard "
     note += f"deviation over {over}."
-    if hidden := in_order([m for m in counts if m not in shown]):
-        note += f" On one task alone: {', '.join(method_of(m).label for m in hidden)}."
     return [Table("Scores after fine-tuning", rows, [note])]
 
 

@@ -341,12 +341,14 @@ def test_what_methods_are_compared_with(method, base, dare):
     assert (method_of(method).label == method) == method.endswith("other")
 
 
-def test_scores_have_the_methods_of_two_tasks_and_say_the_seeds_once():
+def test_scores_have_all_methods_and_say_the_seeds_once():
     records = flat("dare_iql", H, [1, 3]) + flat("dare_iql", W, [5, 5]) + flat("pex", H, [9, 9])
     records += [run("iql", env, s, [s, 7, 7]) for env in (H, W) for s in (0, 1)]
     (table,) = tables.scores(by_seed(records))
-    assert [row["method"] for row in table.rows] == ["IQL before fine-tuning", "IQL", "DARE-I"]
-    assert [row[H].text() for row in table.rows] == ["0.5 ± 0.5", "7.0 ± 0.0", "2.0 ± 1.0"]
+    methods = ["IQL before fine-tuning", "IQL", "PEX", "DARE-I"]
+    assert [row["method"] for row in table.rows] == methods
+    texts = ["0.5 ± 0.5", "7.0 ± 0.0", "9.0 ± 0.0", "2.0 ± 1.0"]
+    assert [row[H].text() for row in table.rows] == texts and table.rows[2][W] is None
     assert "over 2 seeds" in table.notes[0]
     (table,) = tables.scores(by_seed(records[1:]))
     assert table.rows[-1][H].text() == "3.0 (1)" and "over (n) seeds" in table.notes[0]
