@@ -603,7 +603,8 @@ def answer_block() -> str:
     rows, compared = [], {k: QUESTIONS[k] for k in ("DARE-I against IQL", EXCHANGE)}
     for name in ANSWERS:
         runs = by_seed(read_records(RECORDS / name))
-        tasks = [task for task in sorted({t for _, t in runs}) if ("dare_iql", task) in runs]
+        tasks = sorted({t for _, t in runs})
+        tasks = [task for task in tasks if matched(runs, ["iql", "dare_iql"], task)]
         over = {
             question: [differences(runs, *pair, task) for task in tasks]
             for question, pair in compared.items()
@@ -617,8 +618,11 @@ def answer_block() -> str:
             row |= {k: difference(pairs[i][0], "") for k, pairs in over.items()}
             rows.append(row)
         if len(tasks) > 1:
-            means = {k: replace(over_tasks(averaged(x)), sizes="") for k, x in over.items()}
-            rows.append({"task": f"mean of the {len(tasks)} tasks"} | means)
+            means = {k: over_tasks(averaged(pairs)) for k, pairs in over.items()}
+            means = {k: cell and replace(cell, sizes="") for k, cell in means.items()}
+            rows.append(
+                {"task": f"mean of {len(averaged(over['DARE-I against IQL']))} tasks"} | means
+            )
     for row in rows:
         for key, cell in row.items():
             if isinstance(cell, Cell) and cell.interval:
