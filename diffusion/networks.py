@@ -95,8 +95,8 @@ class BehaviorModel(nn.Module):
 class EnergyModel(nn.Module):
     """Intermediate energy f_phi(s, a_t, t): 4 hidden layers of 256, SiLU (App. B.5).
 
-    f_phi estimates beta_E * Q at t = 0, up to a function of s and t: high is good, so guidance
-    ADDS guidance_scale * grad f_phi to the score (Eq. 6). Eq. 34 is written for energies E := -Q.
+    f_phi estimates beta_E * Q at t = 0 (by default Q in units of its spread), up to a function of s
+    and t. High is good: guidance ADDS a multiple of its gradient (Eq. 6); Eq. 34's energies are -Q.
     """
 
     def __init__(self, state_dim: int, action_dim: int, hidden: int = 256):

@@ -20,7 +20,7 @@ SUPPORT_FIELDS = (*BEHAVIOR_FIELDS, "n_support", "diffusion_steps")
 
 
 class EnergyGuidedSampler:
-    """Reference actions from pi_0 of Eq. 5: the dataset's behavior nu_0, guided by a Q function.
+    """Reference actions: the dataset's behavior nu_0, guided by a Q function (Eqs. 5, 6, App. B.5).
 
     Before the first update call `add_support` and `fit_energy`, then `add_support` as online states
     come, and `train` and `sample` in every update.

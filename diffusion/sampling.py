@@ -1,4 +1,4 @@
-"""Reference actions a_hat ~ pi_0(. | s): behavior diffusion steered by the energy (Eqs. 5, 6)."""
+"""Reference actions a_hat: behavior diffusion steered by the energy (Eqs. 5, 6, App. B.5)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,10 +21,10 @@ def sample_actions(
     max_action: float | None = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw actions [B, n_samples, A] for states [B, S], from nu_0, or from pi_0 when guided.
+    """Draw actions [B, n_samples, A] for states [B, S], from nu_0, or steered by the energy.
 
-    The guided score is grad log nu_t + guidance_scale * grad f_phi (Eq. 6). Actions lie within
-    [-max_action, max_action] (None: no bounds). Under `torch.autocast` only networks change type.
+    The guided score is grad log nu_t + guidance_scale * grad f_phi. At scale 1 it is Eq. 6, and the
+    actions follow pi_0 of Eq. 5. They lie within [-max_action, max_action] (None: no bounds).
     """
     shape = (len(states), n_samples, behavior.action_dim)
     noise = torch.randn(shape, device=states.device, dtype=states.dtype, generator=generator)

@@ -628,7 +628,8 @@ def answer_block() -> str:
             if isinstance(cell, Cell) and cell.interval:
                 row[key] = replace(cell, bold=min(cell.interval) * max(cell.interval) > 0)
     notes = [
-        "Scores: last four evaluations, mean ± population standard deviation over the runs. "
+        "Scores: last four evaluations, 5,000 steps apart (in 25,000 steps these are all after "
+        "updates), mean ± population standard deviation over the runs. "
         "Differences: the first less the second, by seed (runs), with a 95% t interval that covers "
         "other seeds, not other tasks or data. Bold: it excludes 0, as one in twenty does by "
         "chance."

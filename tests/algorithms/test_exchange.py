@@ -448,6 +448,17 @@ def test_theorem_1_fails_for_the_exchange_of_eq_10(
     assert claim <= largest_share_of_claim and falls <= largest_share_of_fall
 
 
+def test_lemma_1_has_a_counterexample():
+    """x = 6 lies at or above the largest D, y = 1 at or below the smallest; A rises."""
+    offline, online = np.array([2.0, 3, 3, 6]), np.array([1.0, 4, 4, 7])
+    t = np.concatenate([offline, online])
+    d = cdf_difference(offline, online, t)
+    assert (t[d.argmax()], t[d.argmin()], amplitude(offline, online)) == (3, 1, 0.75)
+    eq_22 = d - 0.25 * (t >= 6) + 0.25 * (t >= 1)  # counts one half only
+    assert max(eq_22.max(), 0) - min(eq_22.min(), 0) == 0.75  # does not fall by 1/N either
+    assert amplitude(np.array([2.0, 3, 3, 1]), np.array([6.0, 4, 4, 7])) == 1
+
+
 def test_accepted_exchanges_are_at_most_the_amplitude_times_n():
     """Proposition 1, on the longest sequences of exchanges that each lower A by 1/N or more."""
     rng, n, lengths = np.random.default_rng(4), 4, []
