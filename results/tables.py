@@ -272,7 +272,7 @@ QUESTIONS = {  # a method, and the one that it is compared with
         "dare_iql_resample",
         "dare_iql_resample_random",
     ),
-    "which rows: DARE-I against random rows, fewer": ("dare_iql", "dare_iql_resample_random"),
+    "which rows: DARE-I against (fewer) random rows": ("dare_iql", "dare_iql_resample_random"),
     "guidance: guided against resampled": ("dare_iql", "dare_iql_resample"),
     "resampled reference: against IQL": ("dare_iql_resample", "iql"),
     "which rows: DARE-I against random rows, as many": ("dare_iql", "dare_iql_random"),
