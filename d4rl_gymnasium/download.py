@@ -81,13 +81,12 @@ def exclusive(path):
         lock.release()
 
 
-def download(url, path, *, sha256=None, attempts=5, first_delay=1.0, stall_timeout=30.0):
+def download(url, path, *, sha256, attempts=5, first_delay=1.0, stall_timeout=30.0):
     """Fetch `url` to `path` unless it is there, and return `path`.
 
-    The body goes to `path` + `.part`, which a later call continues if the server still has the
-    same file (what it calls that file stands in `.part.tag`). It gets its name when it has the
-    length that the server announced and the given sum. Server errors, lost connections and stalls
-    are retried with exponential backoff; other client errors (403, 404) are final.
+    The body goes to `path` + `.part`, which a later call continues. It gets its name when it has
+    the length that the server announced and the given sum. Server errors, lost connections and
+    stalls are retried with exponential backoff; other client errors (403, 404) are final.
 
     Args:
         url: `http` or `https` address.
@@ -101,18 +100,16 @@ def download(url, path, *, sha256=None, attempts=5, first_delay=1.0, stall_timeo
         DownloadError: the download failed, with the reason.
         DatasetError: the disk can't be written.
     """
-    path = Path(path)
-    part, tag = Path(f"{path}.part"), Path(f"{path}.part.tag")
+    path, part = Path(path), Path(f"{path}.part")
     if path.exists():  # finished; its folder may be one where no lock can be made
         return path
     with exclusive(path):
         if not path.exists():
             print(f"data: downloading {url} to {path}", flush=True)
-            _refuse_links(part, tag)
-            _fetch_with_retries(url, part, tag, attempts, first_delay, stall_timeout)
+            _refuse_link(part)
+            _fetch_with_retries(url, part, attempts, first_delay, stall_timeout)
             with writing(path):
-                found = _sha256(part) if sha256 else None
-                tag.unlink(missing_ok=True)
+                found = _sha256(part)
                 if found == sha256:
                     os.replace(part, path)
                 else:
@@ -125,12 +122,11 @@ def download(url, path, *, sha256=None, attempts=5, first_delay=1.0, stall_timeo
     return path
 
 
-def _refuse_links(*paths):
-    """The downloader writes to files of its own alone, not to what a link, say, leads to."""
-    for path in paths:
-        with writing(path), contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(os.lstat(path).st_mode):
-                raise DatasetError(f"{path} is no regular file but a link, say: move it away")
+def _refuse_link(path):
+    """The downloader writes to a file of its own alone, not to what a link, say, leads to."""
+    with writing(path), contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise DatasetError(f"{path} is no regular file but a link, say: move it away")
 
 
 def _sha256(path):
@@ -141,14 +137,14 @@ def _sha256(path):
     return digest.hexdigest()
 
 
-def _fetch_with_retries(url, part, tag, attempts, first_delay, stall_timeout):
+def _fetch_with_retries(url, part, attempts, first_delay, stall_timeout):
     """Complete `part`. Only growth past its largest size so far starts the count of tries anew,
     so a server that always sends the same half from the start can't keep it going for ever.
     """
     failures, largest = 0, _size(part)
     while True:
         try:
-            return _fetch_once(url, part, tag, stall_timeout)
+            return _fetch_once(url, part, stall_timeout)
         except urllib.error.HTTPError as error:
             error.close()
             reason = f"HTTP {error.code} {error.reason}"
@@ -165,13 +161,12 @@ def _fetch_with_retries(url, part, tag, attempts, first_delay, stall_timeout):
         time.sleep(delay)
 
 
-def _fetch_once(url, part, tag, stall_timeout):
+def _fetch_once(url, part, stall_timeout):
     """One request that continues `part`; returns when it is complete, else raises."""
-    start, version = _size(part), _stored(tag)
+    start = _size(part)
     request = urllib.request.Request(url, headers={"User-Agent": "d4rl_gymnasium"})
-    if start and version:
+    if start:  # of another file than the server's: its sum will be wrong
         request.add_header("Range", f"bytes={start}-")
-        request.add_header("If-Range", version)  # the whole file, if it has become another
     try:
         response = urllib.request.urlopen(request, timeout=stall_timeout)
     except urllib.error.HTTPError as error:
@@ -184,24 +179,11 @@ def _fetch_once(url, part, tag, stall_timeout):
         raise _Retry("the partial file does not fit the server's file") from error
     with response:
         if response.status != 206:
-            start = 0  # another file, or the server ignores ranges: it sends the whole file
-            with writing(tag):
-                part.unlink(missing_ok=True)  # before its tag becomes that of another file
-                tag.write_text(_version(response.headers))
+            start = 0  # the server ignores ranges: it sends the whole file
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             part.unlink()
             raise _Retry("the server sent another range than the one asked for")
         _write_body(response, part, start)
-
-
-def _version(headers):
-    """What If-Range may be given of an answer's version (RFC 9110: no weak tag), or nothing."""
-    tag = headers.get("ETag", "")
-    return tag if tag.startswith('"') else headers.get("Last-Modified", "")
-
-
-def _stored(tag):
-    return one_line(tag.read_text("ascii", "ignore")) if tag.exists() else ""
 
 
 def _write_body(response, part, start):

@@ -1,5 +1,6 @@
 """What the D4RL environments share: the original masses, the control step, the complete state."""
 
+import functools
 import json
 import math
 import os
@@ -30,15 +31,13 @@ RENDER_MODES = ["human", "rgb_array", "depth_array", "rgbd_tuple"]
 _PHYSICS = json.loads((ASSETS / "physics.json").read_text())
 # Everything that a step depends on, the solver's warm start included.
 _INTEGRATION_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
-_warned_about_mujoco = False
 
 
+@functools.cache
 def warn_unless_exact_mujoco():
     """Warns, once in a process, when the installed MuJoCo is not the exact one."""
-    global _warned_about_mujoco
-    if mujoco.__version__ == EXACT_MUJOCO or _warned_about_mujoco:
+    if mujoco.__version__ == EXACT_MUJOCO:
         return
-    _warned_about_mujoco = True
     warnings.warn(
         f"MuJoCo {mujoco.__version__} is loaded, but D4RL's physics is exact with {EXACT_MUJOCO} "
         "only: 3.2.7 changed the contacts of capsules and boxes (AntMaze's walls), 3.5.0 the RK4 "

@@ -10,13 +10,14 @@ D4RL's: these, or rather the first two moments, are linear in the shares of the 
 
 import argparse
 import json
-import os
 
 import gymnasium
 import numpy as np
+from scipy.optimize import nnls
 
 from d4rl_gymnasium.behavior import BehaviorPolicy
 from d4rl_gymnasium.d4rl_files import known_of
+from d4rl_gymnasium.files import write
 from d4rl_gymnasium.regenerate import POLICIES
 
 ROBOTS = ("halfcheetah", "hopper", "walker2d")
@@ -34,6 +35,7 @@ BEST_OF_REPLAY = {
 }
 # Pull of the shares towards equal ones, against errors relative to D4RL's figures.
 EVENNESS = 0.03
+SURELY = 1e6  # weight of the shares' sum, which is 1
 SEED = 30_000
 
 
@@ -53,29 +55,19 @@ def episodes_of(policy, env, episodes):
     return returns, lengths
 
 
-def on_simplex(weights):
-    """The nearest weights, (n,), that are not negative and sum to 1."""
-    falling = np.sort(weights)[::-1]
-    excess = (np.cumsum(falling) - 1) / np.arange(1, len(weights) + 1)
-    return np.maximum(weights - excess[falling > excess][-1], 0)
-
-
-def fitted(moments, targets, evenness=EVENNESS, steps=10_000):
+def fitted(moments, targets, evenness=EVENNESS):
     """Shares of the episodes, (n,): least squares of the moments' relative errors.
 
     Args:
         moments: (m, n), each of the m moments for each of the n policies.
         targets: (m,), what their weighted means are to be.
         evenness: pull towards equal shares.
-        steps: of projected gradient descent.
     """
-    a = moments / targets[:, None]
-    equal = np.full(a.shape[1], 1 / a.shape[1])
-    weights, rate = equal, 1 / (np.linalg.norm(a, 2) ** 2 + evenness)
-    for _ in range(steps):
-        slope = a.T @ (a @ weights - 1) + evenness * (weights - equal)
-        weights = on_simplex(weights - rate * slope)
-    return weights
+    n = moments.shape[1]
+    pull = evenness**0.5 * np.eye(n)
+    rows = np.vstack([moments / targets[:, None], pull, np.full(n, SURELY)])
+    aims = np.concatenate([np.ones(len(targets)), pull.sum(1) / n, [SURELY]])
+    return nnls(rows, aims)[0]
 
 
 def shares_of(known, measured):
@@ -126,9 +118,7 @@ def main(args=None):
         found |= recipe(robot, args.episodes)
     path = POLICIES / "recipe.json"
     recipes = (json.loads(path.read_text()) if path.exists() else {}) | found
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(recipes, indent=1) + "\n")
-    os.replace(partial, path)
+    write(path, json.dumps(recipes, indent=1) + "\n")
     print(path.read_text())
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from d4rl_gymnasium.antmaze import CELL_SIZE, MAZES, cell_center, cells
+from d4rl_gymnasium.antmaze import CELL_SIZE, MAZES, cell_center, cells, start_cell
 from d4rl_gymnasium.d4rl_files import known_of
 from d4rl_gymnasium.data import STEP_KEYS, TRANSITION_KEYS, DatasetError, get_dataset
 from d4rl_gymnasium.files import save_figure, write
 from d4rl_gymnasium.tasks import get_normalized_score, task
 from d4rl_gymnasium.transitions import is_in_order, require_order, timeouts_of
+from d4rl_gymnasium.waypoints import free_cells, variant_of
 
 QUANTILES = (0, 10, 50, 90, 100)
 # An action component counts as at its bound, 1, from this size on.
@@ -94,9 +95,8 @@ def _summary(values):
 
 def visited_cells(env_id, dataset):
     """Free cells of a task's maze in which the ant was, and all free cells; sets of (row, col)."""
-    maze = MAZES[task(env_id).env_id.split("-")[1]]["task"]
-    free = {cell for kind in ".rg" for cell in cells(maze, kind)}
-    start = np.array(cells(maze, "r")[0])
+    maze = MAZES[variant_of(env_id)[0]]["task"]
+    free, start = set(free_cells(maze)), np.array(start_cell(maze))
     columns_rows = np.round(dataset["observations"][:, :2] / CELL_SIZE).astype(int)
     found = {(int(row), int(col)) for col, row in np.unique(columns_rows, axis=0) + start[::-1]}
     return found & free, free
@@ -188,10 +188,12 @@ def picture(env_id, dataset, path):
 
 
 def _draw_maze(ax, env_id, dataset, starts):
-    maze = MAZES[task(env_id).env_id.split("-")[1]]["task"]
+    from matplotlib.patches import Rectangle
+
+    maze = MAZES[variant_of(env_id)[0]]["task"]
     for wall in cells(maze, "#"):
         corner = cell_center(maze, wall) - CELL_SIZE / 2
-        ax.add_patch(_square(corner, CELL_SIZE))
+        ax.add_patch(Rectangle(corner, CELL_SIZE, CELL_SIZE, color="0.75", lw=0))
     xy = dataset["observations"][:: max(1, len(dataset["rewards"]) // 50_000), :2]
     ax.scatter(*xy.T, s=1, color="C0", alpha=0.2, lw=0, label="visited", rasterized=True)
     ax.scatter(*dataset["observations"][starts, :2].T, s=12, color="C1", label="starts")
@@ -201,12 +203,6 @@ def _draw_maze(ax, env_id, dataset, starts):
     ax.set(aspect="equal", xlabel="x (m)", ylabel="y (m)")
     legend = ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     legend.legend_handles[0].set(alpha=1.0, sizes=[12])
-
-
-def _square(corner, size):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, size, size, color="0.75", lw=0)
 
 
 def check(env_id, path, limit=20_000, seed=0):

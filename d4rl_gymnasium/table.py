@@ -9,12 +9,12 @@ in `assets/d4rl.json`, the policies' in their files and in `policies/recipe.json
 import argparse
 import csv
 import json
-import os
 import sys
 from pathlib import Path
 
 from d4rl_gymnasium.behavior import BehaviorPolicy
 from d4rl_gymnasium.envs import ASSETS
+from d4rl_gymnasium.files import write
 from d4rl_gymnasium.regenerate import POLICIES
 from d4rl_gymnasium.report import d4rls
 
@@ -114,9 +114,7 @@ def main(args=None):
             sys.exit(f"error: the table of {path} is not that of the files: "
                      "run python -m d4rl_gymnasium.table")  # fmt: skip
         if new != old:
-            partial = path.with_suffix(".partial")
-            partial.write_text(new)
-            os.replace(partial, path)
+            write(path, new)
 
 
 if __name__ == "__main__":

@@ -163,9 +163,10 @@ def _limit_steps(terminals, limit, behind_timeout):
     marks = np.zeros(len(terminals), bool)
     start, count = 0, 0
     for end in np.append(np.flatnonzero(terminals), len(terminals) - 1):
-        first = start + limit - 1 - count
-        marks[first : end + 1 : max(1, limit - behind_timeout)] = True
-        start, count = end + 1, behind_timeout if marks[end] else 1
+        first, step = start + limit - 1 - count, max(1, limit - behind_timeout)
+        marks[first : end + 1 : step] = True
+        start = end + 1
+        count = behind_timeout if marks[end] else 1
     return marks
 
 

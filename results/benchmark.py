@@ -23,15 +23,13 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
-from d4rl_gymnasium.files import write
 from lib.attempt import git_commit, hardware
 from lib.checkouts import calls_of
-from lib.experiments import ROOT
-from lib.records import csv_text, read_rows
+from lib.experiments import ROOT, words
+from lib.records import append, read_rows
 
 sys.path.insert(0, str(ROOT / "algorithms"))
 
@@ -39,19 +37,6 @@ ENV, ROWS, STATE_DIM, ACTION_DIM = "hopper-medium-replay-v2", 100_000, 11, 3
 WIDTHS = {"computation": 45, "ms": 10, "per_second": 12, "share_of_products": 19, "gflop": 10}
 RATIO_WIDTHS = {"computation": 40, "ours": 15, "times_as_fast": 15, "quartiles": 15}
 RATIO_WIDTHS |= {"their_ms": 10, "our_ms": 10, "rounds": 8}
-
-
-class ProductCounter(TorchDispatchMode):
-    """Floating point operations of the matrix products that run under it."""
-
-    flop = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Run and count."""
-        result = function(*args, **(kwargs or {}))
-        count = flop_registry.get(function._overloadpacket)
-        self.flop += count(*args, **(kwargs or {}), out_val=result) if count else 0
-        return result
 
 
 class Clock:
@@ -81,7 +66,7 @@ class Clock:
 
     def measure(self, call) -> dict:
         """Time a call until `repeats` are done or `seconds` have passed, at least three times."""
-        with ProductCounter() as counter:
+        with FlopCounterMode(display=False) as counter:  # of matrix products
             call()
         warm_up(call)
         product, times, rates = 2.0 * len(self.x) ** 3, [], []
@@ -90,7 +75,7 @@ class Clock:
         while len(times) < 3 or (len(times) < self.repeats and time.perf_counter() < end):
             rates.append(product / self.duration(lambda: self.x @ self.x))
             times.append(self.duration(call))
-        median, flop = statistics.median(times), counter.flop
+        median, flop = statistics.median(times), counter.get_total_flops()
         share = flop / median / statistics.median(rates)
         return {
             "ms": f"{1e3 * median:.4g}",
@@ -283,12 +268,11 @@ def parse() -> argparse.Namespace:
                         help="your checkouts of CORL and of CEP, to compare with")  # fmt: skip
     parser.add_argument("--only", default="", help="computations whose name contains this")
     parser.add_argument("--profile", default="", help="profile those that contain this")
-    parser.add_argument("--scripts", default="", help="time these, as in iql,dare_iql")
+    parser.add_argument("--scripts", type=words, default=[], help="time these, as in iql,dare_iql")
     parser.add_argument("--config", help="configuration file of --scripts: sizes, for instance")
     parser.add_argument("--steps", type=int, default=200, help="steps of --scripts to time")
     parser.add_argument("--output", type=Path, help="CSV file to append the table to")
     args = parser.parse_args()
-    args.scripts = [x.strip() for x in args.scripts.split(",")] if args.scripts else []
     for script in args.scripts:
         if not (ROOT / "algorithms" / f"{script}.py").exists():
             parser.error(f"there is no algorithms/{script}.py")
@@ -364,19 +348,6 @@ def main():
         print_row(row, WIDTHS)
         rows.append(row | machine)
     return append(args.output, rows)
-
-
-def append(path: Path | None, rows: list[dict]):
-    """Append rows to a CSV file, with a header if it is new."""
-    if not path:
-        return
-    header, lines = csv_text(rows).split("\n", 1)
-    old = path.read_text() if path.exists() else ""
-    if old and old.split("\n", 1)[0] != header:
-        new = path.with_suffix(f".{time.time():.0f}{path.suffix}")
-        write(new, f"{header}\n{lines}")
-        sys.exit(f"error: {path} has other columns; these rows are in {new}")
-    write(path, old + lines if old else f"{header}\n{lines}")
 
 
 if __name__ == "__main__":

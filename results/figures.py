@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from d4rl_gymnasium.files import write
-from lib.experiments import PICTURES, ROOT, Experiment, method_of
+from lib.experiments import PICTURES, ROOT, Experiment, method_of, words
 from lib.records import Record, by_seed, described, matched, read_records, unfinished
 from lib.statistics import mean_of_tasks, t_interval
 
@@ -59,7 +59,8 @@ def panels_of(plan: Experiment, records: list[Record]) -> dict:
             runs = {m: [r for r in found if len(series(r, plan.shows)[0])]
                     for m, found in runs.items()}  # fmt: skip
         runs = {method: found for method, found in runs.items() if found}
-        if len(runs) < 2 - alone or (plan.shows == "differences" and plan.methods[-1] not in runs):
+        has_dare = plan.shows != "differences" or plan.methods[-1] in runs
+        if len(runs) < (1 if alone else 2) or not has_dare:
             continue
         panels[task] = runs
         if not alone and len({r.origin for found in runs.values() for r in found}) > 1:
@@ -137,7 +138,7 @@ def caption(plan: Experiment, panels: dict) -> str:
     parts = [f"{seeds} {unit}{'s' if seeds != '1' else ''}"]
     for sizes, tasks in who.items():
         names = [labels + ", ".join(sorted(found)) for labels, found in tasks.items()]
-        parts.append(f"{', '.join(names)}: " * (len(who) > 1) + sizes)
+        parts.append(f"{', '.join(names)}: {sizes}" if len(who) > 1 else sizes)
     n_steps = {(task, r.n_steps) for task, runs in panels.items() for x in runs.values() for r in x}
     if len(n_steps) > len(panels) and plan.shows != "differences":
         parts.append("shorter curves are of fewer online steps")
@@ -214,7 +215,8 @@ def draw_differences(plan: Experiment, panels: dict) -> Figure:
     if len(tasks) > 1:
         strata |= {(m, "all tasks"): list(values.values()) for m, values in found.items()
                    if len(values) == len(tasks) and min(map(len, values.values())) > 1}  # fmt: skip
-        tasks += ["all tasks"] * any(task == "all tasks" for _, task in strata)
+        if any(task == "all tasks" for _, task in strata):
+            tasks.append("all tasks")
     xlabel = AXES[plan.shows] + method_of(dare).label
     figure, axes = grid(tasks, xlabel, caption(plan, panels), 0.35 + 0.11 * len(found))
     for i, (ax, task) in enumerate(zip(axes, tasks, strict=True)):
@@ -267,19 +269,19 @@ def main():
     """Draw what can be drawn, with a line for every figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path, help="runs directory or records")
-    parser.add_argument("--figure", help=f"of {', '.join(PICTURES)}; default: all")
+    parser.add_argument("--figure", type=words, default=list(PICTURES),
+                        help=f"of {', '.join(PICTURES)}; default: all")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("figures"), help="default: figures/")
     parser.add_argument("--format", choices=["png", "pdf"], default="png")
     args = parser.parse_args()
-    names = [x.strip() for x in args.figure.split(",")] if args.figure else list(PICTURES)
-    if unknown := [name for name in names if name not in PICTURES]:
+    if unknown := [name for name in args.figure if name not in PICTURES]:
         sys.exit(f"error: no figure {', '.join(unknown)}; there are {', '.join(PICTURES)}")
     drawn = 0
     try:
         records = read_records(args.path)
         if left := unfinished(args.path):
             print(f"not finished, left out: {', '.join(left)}")
-        for name in names:
+        for name in args.figure:
             try:
                 with matplotlib.style.context(STYLE):
                     figure, note = draw(name, records)

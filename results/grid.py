@@ -26,7 +26,7 @@ from pathlib import Path
 from d4rl_gymnasium.runs import parser_of as parser_of_class
 from d4rl_gymnasium.runs import refusal
 from lib.attempt import attempt, last_line
-from lib.experiments import CACHE, EXPERIMENTS, METHODS, ROOT, Experiment, Method
+from lib.experiments import CACHE, EXPERIMENTS, METHODS, ROOT, Experiment, Method, words
 from lib.records import PREPARING, is_finished, read_yaml
 
 METHODS_FILE = "results/lib/experiments.py"
@@ -394,9 +394,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("action", choices=["list", "run"])
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
-    parser.add_argument("--methods", help="names of methods, commas between")
-    parser.add_argument("--tasks", help="parts of task names, commas between")
-    parser.add_argument("--seeds", help="seeds instead of the experiment's own, commas between")
+    parser.add_argument("--methods", type=words, help="names of methods, commas between")
+    parser.add_argument("--tasks", type=words, help="parts of task names, commas between")
+    parser.add_argument("--seeds", type=words, help="instead of the experiment's, commas between")
     parser.add_argument("--runs_dir", help="default: runs")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="a setting of all runs whose script has it; repeatable")  # fmt: skip
@@ -412,9 +412,6 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--workers is for this machine; a cluster at --address has its own number")
     if min(args.runs_per_gpu, args.workers or 1, args.retries + 1) < 1:
         parser.error("--runs_per_gpu and --workers are at least 1, --retries at least 0")
-    for name in ("methods", "tasks", "seeds"):
-        if text := getattr(args, name):
-            setattr(args, name, [word.strip() for word in text.split(",")])
     if unknown := set(args.methods or []) - set(METHODS):
         parser.error(f"no method {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
     plans = [EXPERIMENTS[name] for name in args.experiments]

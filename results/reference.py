@@ -17,7 +17,6 @@ samples), guided ones with each of --scales, resampled support actions, and the 
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -28,9 +27,10 @@ from lib.experiments import ROOT
 
 sys.path.insert(0, str(ROOT / "algorithms"))
 import dare_iql  # noqa: E402
-from d4rl_gymnasium.files import contents_of, load, write  # noqa: E402
+from d4rl_gymnasium.files import contents_of, load  # noqa: E402
 from d4rl_gymnasium.runs import errors_in_one_line, parse  # noqa: E402
 from diffusion import EnergyGuidedSampler, draw_support_actions, sample_actions  # noqa: E402
+from lib.records import append  # noqa: E402
 
 NUMBERS = ["score", "error", "q_gain", "distance", "at_bounds"]
 COLUMNS = ["env", "energy_iterations", "energy_beta", "policy", "episodes", *NUMBERS]
@@ -84,11 +84,6 @@ def measure(draw, support, states, q_function):
 
 def run(args, config):
     """Fit the energy to the agent's Q, then print and store a row for each policy."""
-    lines = [COLUMNS]
-    if args.csv and args.csv.exists():
-        lines = list(csv.reader(args.csv.read_text().splitlines()))
-        if lines[:1] != [COLUMNS]:
-            sys.exit(f"error: {args.csv} has other columns than {','.join(COLUMNS)}: name another")
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     source = {"data": config.data, "regenerated_size": config.regenerated_size}
@@ -118,9 +113,8 @@ def run(args, config):
         scores = 100 * d4rl.get_normalized_score(config.env, returns)
         row |= {"score": scores.mean(), "error": scores.std(ddof=1) / n_episodes**0.5}
         print(*(f"{k} {row[k]:.3g}" if k in NUMBERS else row[k] for k in COLUMNS), flush=True)
-        lines.append([f"{row[k]:.4g}" if k in NUMBERS else str(row[k]) for k in COLUMNS])
-        if args.csv:
-            write(args.csv, "".join(",".join(line) + "\n" for line in lines))
+        row = {k: f"{row[k]:.4g}" if k in NUMBERS else str(row[k]) for k in COLUMNS}
+        append(args.csv, [row])
 
 
 def main():

@@ -36,6 +36,7 @@ from lib.experiments import (
     Experiment,
     kind_of,
     method_of,
+    words,
 )
 from lib.records import (
     by_seed,
@@ -47,7 +48,7 @@ from lib.records import (
     write_records,
 )
 from lib.statistics import bootstrap, iqm, mean_of_tasks, t_interval
-from lib.table import PAPER_SIZES, Cell, Table, difference, in_short, summary
+from lib.table import PAPER_SIZES, Cell, Table, in_short, summary
 
 RECORDS = ROOT / "results"
 
@@ -200,7 +201,7 @@ def comparison(runs: dict) -> list[Table]:
         last_q = [r.log("q")[1][-1] for r in found if len(r.log("q")[1])]
         row["mean Q at the end"] = summary(last_q, sizes_of(found), 0)
         for heading, other in AGAINST.items():
-            row[heading] = difference(*differences(runs, method, other(method), task))
+            row[heading] = over_tasks([differences(runs, method, other(method), task)])
         rows.append(row)
     for method in methods:
         row = {"method": method_of(method).label}
@@ -233,7 +234,7 @@ def pairs(runs: dict) -> list[Table]:
         for other, method in methods:
             row = {"task": task, "method": method_of(method).label, "minus": method_of(other).label}
             found = {k: differences(runs, method, other, task, of) for k, of in measures.items()}
-            row |= {k: difference(*pair) for k, pair in found.items()}
+            row |= {k: over_tasks([pair]) for k, pair in found.items()}
             if row["difference"]:
                 row["in the seeds"] = ", ".join(f"{x:+.1f}" for x in found["difference"][0])
                 rows.append(row)
@@ -260,46 +261,30 @@ QUESTIONS = {  # a method, and the one that it is compared with
     "DARE-I against PEX": ("dare_iql", "pex"),
     "the release: no exchange against IQL": ("dare_iql_no_exchange", "iql"),
     EXCHANGE: ("dare_iql", "dare_iql_no_exchange"),
-    "the exchange: resampled reference against no exchange": (
-        "dare_iql_resample",
-        "dare_iql_no_exchange",
-    ),
-    "any exchange: random rows against no exchange": (
-        "dare_iql_resample_random",
-        "dare_iql_no_exchange",
-    ),
-    "which rows: resampled reference against random rows": (
-        "dare_iql_resample",
-        "dare_iql_resample_random",
-    ),
+    "the exchange: resampled reference against no exchange":
+        ("dare_iql_resample", "dare_iql_no_exchange"),
+    "any exchange: random rows against no exchange":
+        ("dare_iql_resample_random", "dare_iql_no_exchange"),
+    "which rows: resampled reference against random rows":
+        ("dare_iql_resample", "dare_iql_resample_random"),
     "which rows: DARE-I against (fewer) random rows": ("dare_iql", "dare_iql_resample_random"),
     "guidance: guided against resampled": ("dare_iql", "dare_iql_resample"),
     "resampled reference: against IQL": ("dare_iql_resample", "iql"),
     "which rows: DARE-I against random rows, as many": ("dare_iql", "dare_iql_random"),
     "unguided, 16 references: against IQL": ("dare_iql_resample_density", "iql"),
     "unguided, 16 references: against DARE-I": ("dare_iql_resample_density", "dare_iql"),
-    "unguided, 16 references: against resampled": (
-        "dare_iql_resample_density",
-        "dare_iql_resample",
-    ),
-    "unguided, 16 references: against no exchange": (
-        "dare_iql_resample_density",
-        "dare_iql_no_exchange",
-    ),
+    "unguided, 16 references: against resampled":
+        ("dare_iql_resample_density", "dare_iql_resample"),
+    "unguided, 16 references: against no exchange":
+        ("dare_iql_resample_density", "dare_iql_no_exchange"),
     "guidance: guided against unguided": ("dare_iql", "dare_iql_no_guidance"),
     # Readings of Eqs. 15 and 16, without exchange
-    "alpha of Eq. 16: 0 against 0.2, no exchange": (
-        "dare_iql_no_exchange_alpha0",
-        "dare_iql_no_exchange",
-    ),
-    "max of Eq. 15: ten draws against one, no exchange": (
-        "dare_iql_no_exchange_ten_draws",
-        "dare_iql_no_exchange",
-    ),
-    "policy's rate online: 3e-5 against 3e-4, no exchange": (
-        "dare_iql_no_exchange_small_rate",
-        "dare_iql_no_exchange",
-    ),
+    "alpha of Eq. 16: 0 against 0.2, no exchange":
+        ("dare_iql_no_exchange_alpha0", "dare_iql_no_exchange"),
+    "max of Eq. 15: ten draws against one, no exchange":
+        ("dare_iql_no_exchange_ten_draws", "dare_iql_no_exchange"),
+    "policy's rate online: 3e-5 against 3e-4, no exchange":
+        ("dare_iql_no_exchange_small_rate", "dare_iql_no_exchange"),
     "policy's rate online: 3e-5 against 3e-4, IQL": ("iql_small_rate", "iql"),
     "DARE-IV against DARE-I, no exchange": ("dare_iv_no_exchange", "dare_iql_no_exchange"),
     # The CQL group
@@ -308,7 +293,7 @@ QUESTIONS = {  # a method, and the one that it is compared with
     "the release: DARE-C without exchange against Cal-QL": ("dare_cql_no_exchange", "cal_ql"),
     "the exchange: DARE-C against no exchange": ("dare_cql", "dare_cql_no_exchange"),
     "which rows: DARE-C by the scores against at random": ("dare_cql", "dare_cql_random"),
-}
+}  # fmt: skip
 
 
 MEASURES = {  # of a record: in a title, and in a note
@@ -324,7 +309,7 @@ def questions(runs: dict, of: str = "last_four") -> list[Table]:
     sizes = defaultdict(set)  # of the pairs on each task
     for question, (method, other) in QUESTIONS.items():
         found = {task: differences(runs, method, other, task, of) for task in tasks}
-        cells = {task: difference(*pair) for task, pair in found.items()}
+        cells = {task: over_tasks([pair]) for task, pair in found.items()}
         if len(tasks) > 1:
             pairs = averaged(found.values())
             cells["all"] = over_tasks(pairs) if len(pairs) > 1 else None
@@ -367,9 +352,9 @@ def averaged(pairs) -> list[tuple]:
     return several or [pair for pair in pairs if len(pair[0])]
 
 
-def over_tasks(pairs: list[tuple]) -> Cell | None:
-    """Mean over tasks of the differences of (differences, sizes), with its interval."""
-    if not pairs:
+def over_tasks(pairs) -> Cell | None:
+    """Mean over one task or more of the differences of (differences, sizes), with its interval."""
+    if not (pairs := averaged(pairs)):
         return None
     strata = [values for values, _ in pairs]
     sizes = "\n".join(sorted({part for _, sizes in pairs for part in sizes.splitlines()}))
@@ -377,27 +362,21 @@ def over_tasks(pairs: list[tuple]) -> Cell | None:
     return Cell(mean, None, n, t_interval(strata), sizes, signed=True)
 
 
-# The same differences in the paper: its table, method and other, each of a table.
-IN_THE_PAPER = {
-    "DARE-I against IQL": (("table1", "dare_iql"), ("table1", "iql")),
-    "DARE-I against PEX": (("table1", "dare_iql"), ("table1", "pex")),
-    "the release: no exchange against IQL": (
-        ("table11", "dare_iql_no_exchange"),
-        ("table1", "iql"),
-    ),
-    EXCHANGE: (
-        ("table11", "dare_iql"),
-        ("table11", "dare_iql_no_exchange"),
-    ),
-    "DARE-C against Cal-QL": (("table1", "dare_cql"), ("table1", "cal_ql")),
+IN_THE_PAPER = {  # tables of the paper with the first and with the second method of a question
+    "DARE-I against IQL": ("table1", "table1"),
+    "DARE-I against PEX": ("table1", "table1"),
+    "the release: no exchange against IQL": ("table11", "table1"),
+    EXCHANGE: ("table11", "table11"),
+    "DARE-C against Cal-QL": ("table1", "table1"),
 }
 
 
 def beside_paper(runs: dict) -> Table:
     """Differences of last-four means, and those of the means in the paper's tables."""
     tasks, numbers, rows = sorted({task for _, task in runs}), paper_numbers(), []
-    for question, (method, other) in IN_THE_PAPER.items():
-        here = {t: difference(*differences(runs, *QUESTIONS[question], t)) for t in tasks}
+    for question, in_tables in IN_THE_PAPER.items():
+        method, other = zip(in_tables, QUESTIONS[question], strict=True)  # each with its table
+        here = {t: over_tasks([differences(runs, *QUESTIONS[question], t)]) for t in tasks}
         paper = {
             task: Cell(
                 numbers[(*method, TASKS[task])].mean - numbers[(*other, TASKS[task])].mean,
@@ -615,10 +594,10 @@ def answer_block() -> str:
             row["IQL before fine-tuning"] = summary([r.offline_score for r in iql], "")
             row["IQL"] = summary([r.last_four for r in iql], "")
             row["DARE-I"] = summary([r.last_four for r in dare], "")
-            row |= {k: difference(pairs[i][0], "") for k, pairs in over.items()}
+            row |= {k: over_tasks([(pairs[i][0], "")]) for k, pairs in over.items()}
             rows.append(row)
         if len(tasks) > 1:
-            means = {k: over_tasks(averaged(pairs)) for k, pairs in over.items()}
+            means = {k: over_tasks(pairs) for k, pairs in over.items()}
             means = {k: cell and replace(cell, sizes="") for k, cell in means.items()}
             rows.append(
                 {"task": f"mean of {len(averaged(over['DARE-I against IQL']))} tasks"} | means
@@ -710,11 +689,6 @@ def pages() -> dict[Path, str]:
 
 
 # --- Command line ---
-
-
-def words(text: str) -> list[str]:
-    """Words with commas between."""
-    return [word.strip() for word in text.split(",")]
 
 
 def show(args) -> list[Table]:

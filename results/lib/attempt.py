@@ -110,8 +110,9 @@ def run_command(command: list[str], log: Path, number: int) -> tuple:
 
 def joined(earlier: str | None, now: str | None) -> str | None:
     """What earlier attempts at a run were made with, and this one if that is another."""
-    known = earlier.split(" and ") if earlier else []
-    return " and ".join(dict.fromkeys([*known, now or "unknown"])) if known else now
+    if not earlier:
+        return now
+    return " and ".join(dict.fromkeys([*earlier.split(" and "), now or "unknown"]))
 
 
 def git_commit() -> str | None:

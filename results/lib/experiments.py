@@ -4,6 +4,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def words(text: str) -> list[str]:
+    """A type of argparse: words with commas between."""
+    return [word.strip() for word in text.split(",")]
+
+
 ENDS = {"medium-expert": "ME", "medium-replay": "MR", "medium": "M"}
 MAZES = {"medium-diverse": "MD", "medium-play": "MP", "umaze-diverse": "UD", "umaze": "U"}
 ROBOTS = {"halfcheetah": "HC", "hopper": "H", "walker2d": "W2D"}
@@ -57,70 +64,34 @@ METHODS = {
     "dare_iql_n16": Method("DARE-I, n = 16", "#44AA99", "dare_iql", {"max_exchange": 16}),
     "dare_iql_n32": Method("DARE-I, n = 32", "#117733", "dare_iql", {"max_exchange": 32}),
     "dare_iql_direct": Method("DARE-I, direct", "#332288", "dare_iql", {"exchange": "direct"}),
-    "dare_iql_no_guidance": Method(
-        "DARE-I, no guidance", "#DDAA33", "dare_iql", {"guidance_scale": 0}
-    ),
-    "dare_iql_no_exchange": Method(
-        "DARE-I, no exchange", "#222222", "dare_iql", {"exchange": "none"}
-    ),
-    "dare_iql_random": Method(
-        "DARE-I, random exchange", "#BBBB00", "dare_iql", {"exchange": "random"}
-    ),
-    "dare_iql_resample": Method(
-        "DARE-I, resampled reference", "#661100", "dare_iql", {"reference": "resample"}
-    ),
+    "dare_iql_no_guidance": Method("DARE-I, no guidance", "#DDAA33",
+        "dare_iql", {"guidance_scale": 0}),
+    "dare_iql_no_exchange": Method("DARE-I, no exchange", "#222222",
+        "dare_iql", {"exchange": "none"}),
+    "dare_iql_random": Method("DARE-I, random exchange", "#BBBB00",
+        "dare_iql", {"exchange": "random"}),
+    "dare_iql_resample": Method("DARE-I, resampled reference", "#661100",
+        "dare_iql", {"reference": "resample"}),
     # The control: as many random rows as the scores would exchange.
-    "dare_iql_resample_random": Method(
-        "DARE-I, resampled, random",
-        "#CC6677",
-        "dare_iql",
-        {"reference": "resample", "exchange": "random"},
-    ),
+    "dare_iql_resample_random": Method("DARE-I, resampled, random", "#CC6677",
+        "dare_iql", {"reference": "resample", "exchange": "random"}),
     # Scores of the behavior alone, -log of its density smoothed by a Gaussian of covariance I.
-    "dare_iql_resample_density": Method(
-        "DARE-I, unguided, 16 references",
-        "#5566CC",
-        "dare_iql",
-        {"reference": "resample", "guidance_scale": 0, "n_reference": 16},
-    ),
+    "dare_iql_resample_density": Method("DARE-I, unguided, 16 references", "#5566CC",
+        "dare_iql", {"reference": "resample", "guidance_scale": 0, "n_reference": 16}),
     # One drawn action in Eq. 15, the default, where the other runs take the max of ten.
-    "dare_iql_no_exchange_one_draw": Method(
-        "DARE-I, no exchange, one draw",
-        "#777777",
-        "dare_iql",
-        {"exchange": "none", "n_max_actions": 1},
-    ),
-    "dare_iql_resample_one_draw": Method(
-        "DARE-I, resampled, one draw",
-        "#BB6655",
-        "dare_iql",
-        {"reference": "resample", "n_max_actions": 1},
-    ),
+    "dare_iql_no_exchange_one_draw": Method("DARE-I, no exchange, one draw", "#777777",
+        "dare_iql", {"exchange": "none", "n_max_actions": 1}),
+    "dare_iql_resample_one_draw": Method("DARE-I, resampled, one draw", "#BB6655",
+        "dare_iql", {"reference": "resample", "n_max_actions": 1}),
     # Other readings of what the paper leaves open in the online losses, without exchange.
-    "dare_iql_no_exchange_alpha0": Method(
-        "no exchange, alpha 0 in Eq. 16",
-        "#225588",
-        "dare_iql",
-        {"exchange": "none", "sac_alpha": 0},
-    ),
-    "dare_iql_no_exchange_ten_draws": Method(
-        "no exchange, ten draws in Eq. 15",
-        "#66AADD",
-        "dare_iql",
-        {"exchange": "none", "n_max_actions": 10},
-    ),
-    "dare_iql_no_exchange_small_rate": Method(
-        "no exchange, policy's rate 3e-5",
-        "#44AA99",
-        "dare_iql",
-        {"exchange": "none", "actor_lr": 0.00003},
-    ),
-    "dare_iv_no_exchange": Method(
-        "no exchange, DARE-IV",
-        "#882255",
-        "dare_iql",
-        {"exchange": "none", "online_loss": "expectile"},
-    ),
+    "dare_iql_no_exchange_alpha0": Method("no exchange, alpha 0 in Eq. 16", "#225588",
+        "dare_iql", {"exchange": "none", "sac_alpha": 0}),
+    "dare_iql_no_exchange_ten_draws": Method("no exchange, ten draws in Eq. 15", "#66AADD",
+        "dare_iql", {"exchange": "none", "n_max_actions": 10}),
+    "dare_iql_no_exchange_small_rate": Method("no exchange, policy's rate 3e-5", "#44AA99",
+        "dare_iql", {"exchange": "none", "actor_lr": 0.00003}),
+    "dare_iv_no_exchange": Method("no exchange, DARE-IV", "#882255",
+        "dare_iql", {"exchange": "none", "online_loss": "expectile"}),
     # The policy's learning rate online, a tenth of Table 5's.
     "iql_small_rate": Method("IQL, 3e-5", "#555555", "iql", {"actor_lr": 0.00003}),
     "pex_utd10": Method("PEX, UTD = 10", "#4477AA", "pex", UTD10),
@@ -134,27 +105,19 @@ METHODS = {
     "dare_cql": Method("DARE-C", "#AA3377", "dare_cql"),
     "dare_cql_n16": Method("DARE-C, n = 16", "#44AA99", "dare_cql", {"max_exchange": 16}),
     "dare_cql_uncapped": Method("DARE-C, n = ∞", "#999933", "dare_cql", {"max_exchange": 10**6}),
-    "dare_cql_random": Method(
-        "DARE-C, random exchange", "#BBBB00", "dare_cql", {"exchange": "random"}
-    ),
+    "dare_cql_random": Method("DARE-C, random exchange", "#BBBB00",
+        "dare_cql", {"exchange": "random"}),
     "dare_cql_direct": Method("DARE-C, direct", "#332288", "dare_cql", {"exchange": "direct"}),
-    "dare_cql_no_guidance": Method(
-        "DARE-C, no guidance", "#DDAA33", "dare_cql", {"guidance_scale": 0}
-    ),
-    "dare_cql_resample": Method(
-        "DARE-C, resampled reference", "#661100", "dare_cql", {"reference": "resample"}
-    ),
-    "dare_cql_no_exchange": Method(
-        "DARE-C, no exchange", "#222222", "dare_cql", {"exchange": "none"}
-    ),
+    "dare_cql_no_guidance": Method("DARE-C, no guidance", "#DDAA33",
+        "dare_cql", {"guidance_scale": 0}),
+    "dare_cql_resample": Method("DARE-C, resampled reference", "#661100",
+        "dare_cql", {"reference": "resample"}),
+    "dare_cql_no_exchange": Method("DARE-C, no exchange", "#222222",
+        "dare_cql", {"exchange": "none"}),
     # ... and on that half at the weight that it has in Cal-QL.
-    "dare_cql_no_exchange_alpha20": Method(
-        "DARE-C, no exchange, alpha 20 online",
-        "#777777",
-        "dare_cql",
-        {"exchange": "none", "cql_alpha_online": 20},
-    ),
-}
+    "dare_cql_no_exchange_alpha20": Method("DARE-C, no exchange, alpha 20 online", "#777777",
+        "dare_cql", {"exchange": "none", "cql_alpha_online": 20}),
+}  # fmt: skip
 
 
 def kind_of(name: str) -> str | None:
@@ -272,7 +235,7 @@ def _drawn(baseline: str, dare: str) -> str:
 
 
 _CQL, _IQL = _drawn("cal_ql", "dare_cql"), _drawn("iql", "dare_iql")
-_OWN = " ".join(m for m in METHODS if METHODS[m].dare not in (None, METHODS[m].script))
+_OWN = " ".join(k for k, m in METHODS.items() if m.dare and m.dare != m.script)  # own scripts
 PICTURES = FIGURES | {
     "fig3-iql": _group("Gaussian or direct exchange", "dare_iql_direct dare_iql", TASKS),
     "sign": _group("Which half scores higher",

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,11 @@ class Record:
     settings: dict
     eval: list[dict]
     train: list[dict]
+
+    @property
+    def key(self) -> tuple:
+        """What the columns KEY name it by."""
+        return self.method, self.env, self.seed
 
     @property
     def n_steps(self) -> int:
@@ -295,29 +301,34 @@ def write_records(
         of = f" of {experiment.title!r}" if experiment else ""
         raise ValueError(f"{runs_dir} has no {which}{of}")
     if add:
-        new = {(r.method, r.env, r.seed) for r in records}
-        records += [r for r in read_records(folder) if (r.method, r.env, r.seed) not in new]
-        records.sort(key=lambda r: (r.method, r.env, r.seed))
+        found = {r.key: r for r in [*read_records(folder), *records]}
+        records = [found[key] for key in sorted(found)]
     folder.mkdir(parents=True, exist_ok=True)
 
-    def key(record: Record) -> dict:
-        return dict(zip(KEY, (record.method, record.env, record.seed), strict=True))
-
-    def settings(record: Record) -> dict:
-        return {k: v for k, v in record.settings.items() if k not in KEY}
-
-    def rows(kind: str) -> list[dict]:
-        return [key(r) | row for r in records for row in getattr(r, kind)
-                if kind == "eval" or row["phase"] == "online"]  # fmt: skip
+    def named(record: Record, row: dict) -> dict:
+        more = {k: x for k, x in row.items() if k not in KEY}
+        return dict(zip(KEY, record.key, strict=True)) | more
 
     for kind in ("eval", "train"):
-        path = folder / f"{kind}.csv"
-        if found := rows(kind):
-            write(path, csv_text(found))
-        else:  # train.csv of runs that were never online
-            path.unlink(missing_ok=True)
+        rows = [named(r, row) for r in records for row in getattr(r, kind)
+                if kind == "eval" or row["phase"] == "online"]  # fmt: skip
+        write_rows(folder / f"{kind}.csv", rows)
     # Behind them, for rows of runs that it does not name are not read.
-    write(folder / "runs.csv", csv_text([key(r) | settings(r) for r in records]))
+    write_rows(folder / "runs.csv", [named(r, r.settings) for r in records])
+    write_costs(folder / "prepared.csv", prepared, add)
+    return records
+
+
+def write_rows(path: Path, rows: list[dict]):
+    """Write a CSV file; where there are no rows there is none."""
+    if rows:
+        write(path, csv_text(rows))
+    else:  # train.csv of runs that were never online
+        path.unlink(missing_ok=True)
+
+
+def write_costs(path: Path, prepared: list[Record], add: bool):
+    """Write what preparing runs cost; with `add` the other rows of the file are kept."""
     jobs = "command", "commit", "hardware", "seconds", "peak_memory_gb", "attempts"
     costs = [
         {"prepared": r.method.removeprefix(PREPARING), "env": r.env, "seed": r.seed}
@@ -325,18 +336,23 @@ def write_records(
         for r in prepared
     ]
     if add:
+        of = "prepared", "env", "seed", "hardware"
+        found = {tuple(x.get(k, "") for k in of): x for x in [*read_rows(path), *costs]}
+        costs = [found[key] for key in sorted(found)]
+    write_rows(path, costs)
 
-        def what(row: dict) -> tuple:
-            return row["prepared"], row["env"], row["seed"], row.get("hardware") or ""
 
-        new = set(map(what, costs))
-        costs += [row for row in read_rows(folder / "prepared.csv") if what(row) not in new]
-        costs.sort(key=what)
-    if costs:
-        write(folder / "prepared.csv", csv_text(costs))
-    else:
-        (folder / "prepared.csv").unlink(missing_ok=True)
-    return records
+def append(path: Path | None, rows: list[dict]):
+    """Append rows to a CSV file, with a header if it is new."""
+    if not path:
+        return
+    header, lines = csv_text(rows).split("\n", 1)
+    old = path.read_text() if path.exists() else ""
+    if old and old.split("\n", 1)[0] != header:
+        new = path.with_suffix(f".{time.time():.0f}{path.suffix}")
+        write(new, f"{header}\n{lines}")
+        sys.exit(f"error: {path} has other columns; these rows are in {new}")
+    write(path, old + lines if old else f"{header}\n{lines}")
 
 
 def add_rows(path: Path, new: list[dict], key: tuple[str, ...], own: str):

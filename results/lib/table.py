@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lib.records import described
-from lib.statistics import t_interval
 
 PAPER_SIZES = {n: described("d4rl", 1_000_000, 256, 256, n) for n in (200_000, 100_000, 0)}
 
@@ -30,7 +29,10 @@ class Cell:
         out = f"{self.mean:{form}}"
         out += f" ± {self.std:,.{self.digits}f}" if self.std is not None else ""
         out += f" ({self.seeds})" if self.seeds is not None else ""
-        return out + ("; {:{f}} to {:{f}}".format(*self.interval, f=form) if self.interval else "")
+        if self.interval:
+            low, high = self.interval
+            out += f"; {low:{form}} to {high:{form}}"
+        return out
 
 
 def summary(values, sizes: str, digits: int = 1) -> Cell | None:
@@ -40,15 +42,6 @@ def summary(values, sizes: str, digits: int = 1) -> Cell | None:
         return None
     std = float(values.std()) if len(values) > 1 else None
     return Cell(float(values.mean()), std, len(values), None, sizes, digits)
-
-
-def difference(values, sizes: str) -> Cell | None:
-    """Mean of differences over pairs of runs, with its t interval; None where there are none."""
-    values = np.array(values, float)
-    if not len(values):
-        return None
-    interval = t_interval([values])
-    return Cell(float(values.mean()), None, len(values), interval, sizes, signed=True)
 
 
 def in_short(sizes: str) -> str:

@@ -73,16 +73,11 @@ def flip_a_bit(data):
     return bytes(changed)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [flip_a_bit, lambda data: data[:-5000], lambda data: b"", lambda data: b"some text\n"],
-    ids=["a flipped bit", "cut", "empty", "text"],
-)
-def test_a_damaged_checkpoint_is_refused(group, stopped, damage):
+def test_a_damaged_checkpoint_is_refused(group, stopped):
     file = stopped / "checkpoint.pt"
     intact = file.read_bytes()
     try:
-        file.write_bytes(damage(intact))
+        file.write_bytes(flip_a_bit(intact))
         message = refused(group, stopped)
     finally:
         file.write_bytes(intact)

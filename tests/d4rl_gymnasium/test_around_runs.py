@@ -133,13 +133,6 @@ def test_a_setting_of_none_needs_a_preset_of_each_family(monkeypatch):
     assert parse(ByTask, []) == ByTask()
 
 
-def test_help_has_the_comment_of_a_setting_below_a_banner(capsys):
-    with pytest.raises(SystemExit):
-        parse(Settings, ["--help"])
-    output = capsys.readouterr().out
-    assert "of everything" in output and "of learning" in output and "Banner" not in output
-
-
 # --- Errors ---
 
 

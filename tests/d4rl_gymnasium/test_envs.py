@@ -254,7 +254,7 @@ def test_another_mujoco_warns_once(monkeypatch):
         warnings.simplefilter("error")
         gymnasium.make("hopper-medium-v2")
     monkeypatch.setattr(envs.mujoco, "__version__", "3.5.0")
-    monkeypatch.setattr(envs, "_warned_about_mujoco", False)
+    envs.warn_unless_exact_mujoco.cache_clear()
     with pytest.warns(UserWarning, match=r"3\.5\.0.*3\.2\.6.*walls.*RK4.*pip install"):
         gymnasium.make("hopper-medium-v2")
     with warnings.catch_warnings():

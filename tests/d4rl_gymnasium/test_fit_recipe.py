@@ -16,12 +16,6 @@ ROBOTS = ["halfcheetah", "hopper", "walker2d"]
 RECIPE = json.loads((POLICIES / "recipe.json").read_text())
 
 
-def test_a_projection_on_the_simplex():
-    np.testing.assert_allclose(fit_recipe.on_simplex(np.array([0.2, 0.8])), [0.2, 0.8])
-    np.testing.assert_allclose(fit_recipe.on_simplex(np.array([0.0, 2.0, 1.9])), [0, 0.55, 0.45])
-    np.testing.assert_allclose(fit_recipe.on_simplex(np.array([-5.0, -5.0])), [0.5, 0.5])
-
-
 def test_shares_by_hand():
     """Episodes of 10 steps and return 0, of 30 and 100: half each has mean 50, deviation 50."""
     measured = {

@@ -306,14 +306,6 @@ def test_describe_counts_the_episodes_and_draws_the_maze(files, capsys, tmp_path
     assert (tmp_path / f"{env_id}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_describe_without_the_policy_ends_in_one_line(policies, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "POLICIES", tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        main(["describe", UMAZE, "--data", "regenerated"])
-    assert stop.value.code.startswith(f"error: {UMAZE} can't be regenerated")
-    assert "\n" not in stop.value.code
-
-
 class Teleporter:
     """In place of an ant: goes 0.3 m a step towards the waypoint, whatever the walls."""
 
