@@ -615,8 +615,8 @@ class Run:
 
     def log_means(self, phase: str, step: int):
         """Log the means since the last call; FloatingPointError if one is not finite."""
-        row = {"steps_per_second": self.n_steps / (time.perf_counter() - self.clock)}
-        row |= {name: (x / self.n_sums).item() for name, x in self.sums.items()}
+        means = {name: (x / self.n_sums).item() for name, x in self.sums.items()}  # awaits a GPU
+        row = {"steps_per_second": self.n_steps / (time.perf_counter() - self.clock), **means}
         if bad := [name for name, x in row.items() if not math.isfinite(x)]:
             raise FloatingPointError(f"not finite at {phase} step {step}: {', '.join(bad)}")
         self.log("train", phase, step, row)
@@ -693,7 +693,7 @@ def accelerate(update, config: TrainConfig):
     change tensors in place only, and the next call overwrites its results.
     """
     if config.compile:
-        update = torch.compile(update)
+        update = torch.compile(update, recompile_limit=1000)  # EDIS compiles in each training
     # No cache: it would hold the casts of weights from before the optimizer's step.
     bf16 = config.precision == "bf16"
     update = torch.autocast(config.device, torch.bfloat16, bf16, cache_enabled=False)(update)

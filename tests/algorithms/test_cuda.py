@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from test_capture import CALLS, DARES, add_online, agent_of, batch_of, tensors_of, updates_of
-from tiny_runs import SCRIPTS
+from test_edis import BASELINE, SHORT
+from tiny_runs import SCRIPTS, SETTINGS, checkpoint, run
 
 import dare_iql
 import diffusion.sampler
+import edis_cql
+import edis_iql
 import iql
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and --cuda")
@@ -78,3 +81,15 @@ def test_an_exchange_equals_that_of_the_cpu(rule):
     torch.testing.assert_close(separation.cpu(), point)
     for half, other in zip(found, expected, strict=True):
         torch.testing.assert_close(dare_iql.TensorBatch(*(x.cpu() for x in half)), other)
+
+
+@pytest.mark.parametrize("script", [*SETTINGS, edis_iql, edis_cql], ids=lambda s: s.__name__)
+def test_a_run_is_made_and_resumed(tmp_path, monkeypatch, script):
+    """Behavior model, energy, EDIS's trainings, generators and files, which no update has."""
+    for edis in (edis_iql, edis_cql):
+        monkeypatch.setitem(SETTINGS, edis, BASELINE | SHORT)
+    for online_iterations in (120, 160):  # the second resumes the first
+        settings = {"device": "cuda", "cuda_graph": True, "online_iterations": online_iterations}
+        path = run(script, tmp_path, **settings)
+    state = checkpoint(path)
+    assert state["step"] == 160 and state["cuda_rng"] is not None

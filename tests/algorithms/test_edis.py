@@ -3,12 +3,14 @@
 import csv
 import math
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny_runs import assert_equal, checkpoint
+from torch._dynamo.testing import CompileCounter
 
 import cal_ql
 import d4rl_gymnasium as d4rl
@@ -85,6 +87,20 @@ def edis_of(script=edis_iql, terminal=math.inf, **settings):
     for buffer, system in zip(buffers, (OFFLINE, ONLINE), strict=True):
         buffer.load_state_dict({"rows": system.draw(len(buffer._data), terminal)})
     return script.EDIS(config, Policy(), 1, 1), buffers
+
+
+def test_every_training_is_compiled(monkeypatch):
+    """A training compiles its two updates; by torch's default the fifth one would go without."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    edis, buffers = edis_of(**TINY | {"model_iterations": 1, "energy_iterations": 1})
+    edis.config.compile = True  # without a C++ compiler the configuration would refuse it
+    compiled = []
+    for _ in range(5):
+        counter.clear()
+        edis.fit(*buffers)
+        compiled.append(counter.frame_count)
+    assert min(compiled) >= 2
 
 
 def rows_of(buffers):

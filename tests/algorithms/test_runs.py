@@ -19,6 +19,8 @@ from tiny_runs import (
     run,
 )
 
+import iql
+
 DARE_COLUMNS = """exchanged exchanged_by_chance auc separation mu_offline mu_online
     sigma_offline sigma_online energy_loss""".split()
 
@@ -178,6 +180,27 @@ def test_steps_per_second_are_those_of_steps_alone(monkeypatch, group, finished,
     assert late[0] == 50_000.0
     rates = [float(r["steps_per_second"]) for r in rows(path, "train")]
     assert len(rates) == 3 and min(rates) > 0.1
+
+
+def test_steps_per_second_count_the_wait_for_a_gpu(tmp_path, monkeypatch):
+    """The means of a log row wait until a GPU has made its updates, 8 hours later here."""
+    clock, late = time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
+
+    class OnGPU(float):
+        def __truediv__(self, n):
+            return self
+
+        def item(self):
+            late[0] += 8 * 3600.0
+            return 1.0
+
+    files = iql.Run(config_of(iql, tmp_path))
+    with files.lock:
+        files.start()
+        files.sums, files.n_sums, files.n_steps = {"q": OnGPU()}, 1, 1_000
+        files.log_means("offline", 1_000)
+    assert files.rows["train"][0]["steps_per_second"] < 1
 
 
 # --- Other settings ---
