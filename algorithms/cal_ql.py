@@ -55,7 +55,7 @@ class TrainConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
     env: str = "antmaze-umaze-v2"  # D4RL task
     data: str = "d4rl"  # d4rl (cache or download), regenerated, minari:ID or an HDF5 file
-    regenerated_size: int = 200_000  # transitions that --data regenerated collects
+    regenerated_size: int = 200_000  # transitions that --data regenerated collects; 0: D4RL's size
     seed: int = 0  # of networks, batches, exploration and the training environment
     eval_seed: int = 42  # of the resets of every evaluation
     eval_freq: int = 10_000  # online steps between evaluations
@@ -76,8 +76,8 @@ class TrainConfig:
     # Cal-QL
     batch_size: int = 256  # rows of a batch, Table 4
     discount: float = 0.99  # gamma, Table 4
-    policy_lr: float = 1e-4  # learning rate of the policy, Table 4, and its temperature (CORL)
-    qf_lr: float = 3e-4  # learning rate of Q, Table 4, and the Lagrange multiplier (CORL)
+    policy_lr: float = 1e-4  # learning rate of the policy, Table 4, and of its temperature (CORL)
+    qf_lr: float = 3e-4  # learning rate of Q, Table 4, and of the Lagrange multiplier (CORL)
     soft_target_update_rate: float = 0.005  # rate of the target network, Table 4
     calibrated: bool = True  # true is Cal-QL, false is CQL
     calibrated_online: bool = False  # max with V^nu online too; false as in Sec. 3.2 and CORL
@@ -85,7 +85,7 @@ class TrainConfig:
     cql_alpha_online: float = None  # weight of R in Eq. 1, online, Table 4
     cql_n_actions: int = 10  # actions of each kind in R, and under the max of the backup (CORL)
     cql_lagrange: bool = None  # learn a Lagrange multiplier of R by dual descent, Table 4
-    cql_target_action_gap: float = None  # value of R that this multiplier aims at, Table 4
+    cql_target_action_gap: float = None  # value of R that the multiplier aims at, Table 4
     cql_temp: float = 1.0  # temperature of R's logsumexp, Table 4
     cql_max_target_backup: bool = None  # max over drawn actions in the target, Table 4
     cql_clip_diff_min: float = -200.0  # lower bound of R on a row, Table 4
@@ -155,7 +155,7 @@ OFFLINE_FIELDS = ("env", "data", "regenerated_size", "discount", "calibrated", "
 OFFLINE_FIELDS += ("cql_n_actions", "cql_lagrange", "cql_target_action_gap", "cql_temp")
 OFFLINE_FIELDS += ("cql_max_target_backup", "cql_clip_diff_min", "normalize", "normalize_reward")
 OFFLINE_FIELDS += ("hidden_dim", "q_n_hidden_layers", "policy_n_hidden_layers")
-OFFLINE_FIELDS += ("reward_scale", "reward_bias", "is_sparse_reward")  # --load_model must agree
+OFFLINE_FIELDS += ("reward_scale", "reward_bias", "is_sparse_reward")  # must match --load_model's
 PANELS = {"d4rl_normalized_score": "normalized score", "q": "mean Q"}  # of curve.png
 
 
@@ -196,7 +196,7 @@ class ReplayBuffer:
 
     def sample_indices(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
         """Indices [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
-        # randint takes no tensor as its bound, and only a tensor grows in a replayed CUDA graph.
+        # The bound is a tensor, to grow in a replayed CUDA graph too; randint takes only numbers.
         draws = torch.randint(1 << 62, (batch_size,), device=self._data.device)
         return draws % (self.size if n_rows is None else n_rows)
 
@@ -374,7 +374,7 @@ class CalQL:
         self.qf = BatchedTwinQ(*dims, config.q_n_hidden_layers).to(device)
         self.actor = TanhGaussianPolicy(*dims, config.policy_n_hidden_layers).to(device)
         self.q_target = deepcopy(self.qf).requires_grad_(False)
-        # Logs of the temperature, 1 at first, and of R's multiplier: e, or 1 without Lagrange
+        # Logarithms of the temperature, 1 at first, and of R's multiplier: e, or 1 without Lagrange
         log_alpha = nn.Parameter(torch.tensor(0.0))
         log_alpha_prime = nn.Parameter(torch.tensor(1.0 if config.cql_lagrange else 0.0))
         log_alpha_prime.requires_grad_(config.cql_lagrange)
@@ -393,7 +393,7 @@ class CalQL:
         """Let the networks standardize observations by the mean and deviation of these [N, S]."""
         for net in (self.qf, self.q_target, self.actor):
             net.mean.copy_(torch.from_numpy(observations.mean(0)))
-            net.std.copy_(torch.from_numpy(observations.std(0) + 1e-3))  # the floor is CORL's
+            net.std.copy_(torch.from_numpy(observations.std(0) + 1e-3))  # + 1e-3 is CORL's
 
     def policy_loss(self, batch: TensorBatch, policy: TanhGaussian) -> tuple[torch.Tensor, ...]:
         """Soft actor-critic's alpha log pi - Q, and log pi [B]; Q gets no gradient."""
@@ -451,7 +451,7 @@ class CalQL:
         return td_loss, alpha * regularizer.sum() / n_rows, mean_q
 
     def train(self, batch: TensorBatch) -> dict[str, torch.Tensor]:
-        """One update, with all losses from the weights before it; returns what to log."""
+        """One update, all its losses computed with the old weights; returns what to log."""
         policy = self.actor(batch.observations)
         with torch.no_grad():
             next_policy = self.actor(batch.next_observations)
@@ -555,7 +555,7 @@ class Run:
 
     def log_means(self, phase: str, step: int):
         """Log the means since the last call; FloatingPointError if one is not finite."""
-        means = {name: (x / self.n_sums).item() for name, x in self.sums.items()}  # awaits a GPU
+        means = {name: (x / self.n_sums).item() for name, x in self.sums.items()}  # waits for a GPU
         row = {"steps_per_second": self.n_steps / (time.perf_counter() - self.clock), **means}
         if bad := [name for name, x in row.items() if not math.isfinite(x)]:
             raise FloatingPointError(f"not finite at {phase} step {step}: {', '.join(bad)}")
@@ -613,7 +613,7 @@ class Run:
         return state["step"]
 
     def plot(self):
-        """Draw curve.png: PANELS along fine-tuning."""
+        """Draw curve.png: PANELS over the online steps."""
         figure = Figure(figsize=(6, 3 + len(PANELS)), layout="constrained")
         axes = figure.subplots(len(PANELS), sharex=True)
         for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
@@ -627,13 +627,13 @@ class Run:
 
 
 def accelerate(update, config: TrainConfig):
-    """An update without arguments, in config.precision, compiled, or as a CUDA graph.
+    """An update without arguments in config.precision; if set, compiled and as a CUDA graph.
 
     For a graph the first three calls warm up, the fourth captures, later ones replay: an update may
     change tensors in place only, and the next call overwrites its results.
     """
     if config.compile:
-        update = torch.compile(update, recompile_limit=1000)  # EDIS compiles in each training
+        update = torch.compile(update, recompile_limit=1000)  # EDIS compiles anew in each training
     # No cache: it would hold the casts of weights from before the optimizer's step.
     bf16 = config.precision == "bf16"
     update = torch.autocast(config.device, torch.bfloat16, bf16, cache_enabled=False)(update)

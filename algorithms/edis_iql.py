@@ -57,7 +57,7 @@ class TrainConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
     env: str = "antmaze-umaze-v2"  # D4RL task
     data: str = "d4rl"  # d4rl (cache or download), regenerated, minari:ID or an HDF5 file
-    regenerated_size: int = 200_000  # transitions that --data regenerated collects
+    regenerated_size: int = 200_000  # transitions that --data regenerated collects; 0: D4RL's size
     seed: int = 0  # of networks, batches, exploration and the training environment
     eval_seed: int = 42  # of the resets of every evaluation
     eval_freq: int = 10_000  # online steps between evaluations
@@ -91,7 +91,7 @@ class TrainConfig:
     # EDIS
     edis_start: int = 10_000  # online step of the first training of a model (EDIS)
     edis_freq: int = 10_000  # online steps between trainings, Table 6
-    generated_updates: int = 20  # at a training, on generated rows (EDIS); 0: all updates from then
+    generated_updates: int = 20  # updates on generated rows per training (EDIS); 0: all later ones
     state_guidance: float = 1.0  # scale of the energy towards the online states
     action_guidance: float = 1.0  # scale of the energy towards the policy's actions
     dynamics_guidance: float = 1.0  # scale of the energy towards the real dynamics
@@ -108,7 +108,7 @@ class TrainConfig:
     energy_lr: float = 1e-3  # learning rate of the energies, Table 6
     n_negatives: int = 10  # negatives of each positive, Table 6
     n_unguided: int = 20_000  # unguided rows, the negatives of the dynamics' energy
-    n_generated: int = 100_000  # guided rows that a training leaves (EDIS)
+    n_generated: int = 100_000  # guided rows that each training generates (EDIS)
     # Wandb logging
     project: str = "DARE"  # project on wandb
     name: str = Path(__file__).stem  # of the method; rename a variant to keep its runs apart
@@ -148,7 +148,7 @@ LOWEST = dict(eval_freq=1, offline_eval_freq=1, n_episodes=1, initial_collection
 LOWEST |= dict(log_freq=1, checkpoint_freq=1, threads=1, batch_size=1, hidden_dim=1, n_hidden=1)
 AT_MOST_1 = ("mixing_ratio", "discount", "tau", "iql_tau")
 OFFLINE_FIELDS = ("env", "data", "regenerated_size", "discount", "beta", "iql_tau")
-OFFLINE_FIELDS += ("normalize_reward", "hidden_dim", "n_hidden")  # --load_model must agree with
+OFFLINE_FIELDS += ("normalize_reward", "hidden_dim", "n_hidden")  # must match --load_model's
 PANELS = {"d4rl_normalized_score": "normalized score", "q": "mean target Q"}  # of curve.png
 # EDIS
 LOWEST |= dict(edis_freq=1, n_denoising_steps=1, model_depth=1, model_width=1, model_iterations=1)
@@ -194,7 +194,7 @@ class ReplayBuffer:
 
     def sample_indices(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
         """Indices [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
-        # randint takes no tensor as its bound, and only a tensor grows in a replayed CUDA graph.
+        # The bound is a tensor, to grow in a replayed CUDA graph too; randint takes only numbers.
         draws = torch.randint(1 << 62, (batch_size,), device=self._data.device)
         return draws % (self.size if n_rows is None else n_rows)
 
@@ -269,7 +269,7 @@ class MLP(nn.Module):
 
 
 class GaussianPolicy(nn.Module):
-    """Mean within [-1, 1] and one standard deviation per action dimension."""
+    """Mean within [-1, 1]; standard deviations per action dimension, the same at all states."""
 
     def __init__(self, state_dim: int, action_dim: int, hidden_dim: int = 256, n_hidden: int = 2):
         super().__init__()
@@ -425,7 +425,7 @@ def time_features(t: torch.Tensor) -> torch.Tensor:
 
 
 def noised(x: torch.Tensor, *shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows x [*shape or wider, W] at times [*shape]: the times, the noise and the noised rows."""
+    """Random times [*shape], noise, and rows x [..., W] noised by both; the times broadcast."""
     # Half of the times lie below 1/4, where densities differ most.
     t = T_MIN + (T_MAX - T_MIN) * torch.rand(shape, device=x.device).square()
     noise = torch.randn_like(x)
@@ -438,7 +438,7 @@ def draw(rows: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 class TransitionModel(nn.Module):
-    """Noise in rows (s, a, r, s') of W columns, standardized, and which of them are terminal.
+    """Predicts the noise in standardized rows (s, a, r, s'), W columns, and which are terminal.
 
     Terminals are rare, so 1 is many standard deviations from 0: as a further column of the rows
     they came out a fifth as often as in the data. A classifier of whole rows has no such trouble.
@@ -474,7 +474,7 @@ class TransitionModel(nn.Module):
 
 
 class TransitionEnergy(nn.Module):
-    """Energy f(x_t, t) of the first n_columns of noised standardized rows; high is wanted."""
+    """Energy f(x_t, t) of the first n_columns of noised standardized rows; guidance raises it."""
 
     def __init__(self, n_columns: int, hidden: int):
         super().__init__()
@@ -493,7 +493,7 @@ def contrastive_loss(
     """InfoNCE of positives [B, W] against K negatives each, [B, K, W], all noised; a scalar.
 
     The minimiser is log(density of noised positives / density of noised negatives) + c(t). A
-    positive shares t with its negatives and nothing else: were it s too, c would depend on s, and
+    positive shares t with its negatives and nothing else: if it shared s, c would depend on s, and
     the gradient of c would guide the states.
     """
     x = torch.cat([positives[:, None], negatives], 1)
@@ -529,9 +529,9 @@ class EDIS:
 
     The energies are log ratios of densities whose sum leads from the model's rows to the policy's:
     `dynamics` is data / model, `state` is online data / data, and `action` is (s, a) of the policy
-    / (s, a) of the data, at online states. The first two see whole rows, because s'_t too tells of
-    s: an energy of s_t alone guides the states too weakly at large t. `action` has that fault, as
-    what follows the policy's actions is unknown.
+    at online states / (s, a) of the online data. The first two see whole rows, since s'_t also
+    tells about s: an energy of s_t alone guides the states too weakly at large t. `action` has that
+    fault, as what follows the policy's actions is unknown.
     """
 
     def __init__(self, config: TrainConfig, trainer, state_dim: int, action_dim: int):
@@ -554,13 +554,13 @@ class EDIS:
         for name, values in {**losses, "a generated row": generated}.items():
             if not values.isfinite().all():
                 raise FloatingPointError(f"{name} is not finite in a training of EDIS's model")
-        # Cal-QL's Monte-Carlo returns are unknown here: -inf is a bound that never holds.
+        # Cal-QL's Monte-Carlo returns are unknown here: -inf is a bound without effect.
         generated = nn.functional.pad(generated, (0, rows.shape[1] - n - 1), value=-math.inf)
         self.generated.load_state_dict({"rows": generated})
         return {name: x.item() for name, x in losses.items()}
 
     def fit_model(self, rows: torch.Tensor, terminals: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Train a new model on rows [N, W] and terminals [N, 1]; self.model is its average."""
+        """Train a new model on rows [N, W], terminals [N, 1]; self.model averages its weights."""
         config = self.config
         model = TransitionModel(rows, config.model_width, config.model_depth).to(config.device)
         self.model = deepcopy(model).requires_grad_(False)
@@ -692,7 +692,7 @@ class Run:
 
     def log_means(self, phase: str, step: int):
         """Log the means since the last call; FloatingPointError if one is not finite."""
-        means = {name: (x / self.n_sums).item() for name, x in self.sums.items()}  # awaits a GPU
+        means = {name: (x / self.n_sums).item() for name, x in self.sums.items()}  # waits for a GPU
         row = {"steps_per_second": self.n_steps / (time.perf_counter() - self.clock), **means}
         if bad := [name for name, x in row.items() if not math.isfinite(x)]:
             raise FloatingPointError(f"not finite at {phase} step {step}: {', '.join(bad)}")
@@ -750,7 +750,7 @@ class Run:
         return state["step"]
 
     def plot(self):
-        """Draw curve.png: PANELS along fine-tuning."""
+        """Draw curve.png: PANELS over the online steps."""
         figure = Figure(figsize=(6, 3 + len(PANELS)), layout="constrained")
         axes = figure.subplots(len(PANELS), sharex=True)
         for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
@@ -764,13 +764,13 @@ class Run:
 
 
 def accelerate(update, config: TrainConfig):
-    """An update without arguments, in config.precision, compiled, or as a CUDA graph.
+    """An update without arguments in config.precision; if set, compiled and as a CUDA graph.
 
     For a graph the first three calls warm up, the fourth captures, later ones replay: an update may
     change tensors in place only, and the next call overwrites its results.
     """
     if config.compile:
-        update = torch.compile(update, recompile_limit=1000)  # EDIS compiles in each training
+        update = torch.compile(update, recompile_limit=1000)  # EDIS compiles anew in each training
     # No cache: it would hold the casts of weights from before the optimizer's step.
     bf16 = config.precision == "bf16"
     update = torch.autocast(config.device, torch.bfloat16, bf16, cache_enabled=False)(update)

@@ -51,7 +51,7 @@ class TrainConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
     env: str = "antmaze-umaze-v2"  # D4RL task
     data: str = "d4rl"  # d4rl (cache or download), regenerated, minari:ID or an HDF5 file
-    regenerated_size: int = 200_000  # transitions that --data regenerated collects
+    regenerated_size: int = 200_000  # transitions that --data regenerated collects; 0: D4RL's size
     seed: int = 0  # of networks, batches, exploration and the training environment
     eval_seed: int = 42  # of the resets of every evaluation
     eval_freq: int = 10_000  # online steps between evaluations
@@ -121,7 +121,7 @@ LOWEST = dict(eval_freq=1, offline_eval_freq=1, n_episodes=1, initial_collection
 LOWEST |= dict(log_freq=1, checkpoint_freq=1, threads=1, batch_size=1, hidden_dim=1, n_hidden=1)
 AT_MOST_1 = ("mixing_ratio", "discount", "tau", "iql_tau")
 OFFLINE_FIELDS = ("env", "data", "regenerated_size", "discount", "beta", "iql_tau")
-OFFLINE_FIELDS += ("normalize_reward", "hidden_dim", "n_hidden")  # --load_model must agree with
+OFFLINE_FIELDS += ("normalize_reward", "hidden_dim", "n_hidden")  # must match --load_model's
 PANELS = {"d4rl_normalized_score": "normalized score", "q": "mean target Q"}  # of curve.png
 
 
@@ -162,7 +162,7 @@ class ReplayBuffer:
 
     def sample_indices(self, batch_size: int, n_rows: torch.Tensor | None = None) -> torch.Tensor:
         """Indices [batch_size] of rows, or of the first n_rows, uniform, with replacement."""
-        # randint takes no tensor as its bound, and only a tensor grows in a replayed CUDA graph.
+        # The bound is a tensor, to grow in a replayed CUDA graph too; randint takes only numbers.
         draws = torch.randint(1 << 62, (batch_size,), device=self._data.device)
         return draws % (self.size if n_rows is None else n_rows)
 
@@ -237,7 +237,7 @@ class MLP(nn.Module):
 
 
 class GaussianPolicy(nn.Module):
-    """Mean within [-1, 1] and one standard deviation per action dimension."""
+    """Mean within [-1, 1]; standard deviations per action dimension, the same at all states."""
 
     def __init__(self, state_dim: int, action_dim: int, hidden_dim: int = 256, n_hidden: int = 2):
         super().__init__()
@@ -437,7 +437,7 @@ class Run:
 
     def log_means(self, phase: str, step: int):
         """Log the means since the last call; FloatingPointError if one is not finite."""
-        means = {name: (x / self.n_sums).item() for name, x in self.sums.items()}  # awaits a GPU
+        means = {name: (x / self.n_sums).item() for name, x in self.sums.items()}  # waits for a GPU
         row = {"steps_per_second": self.n_steps / (time.perf_counter() - self.clock), **means}
         if bad := [name for name, x in row.items() if not math.isfinite(x)]:
             raise FloatingPointError(f"not finite at {phase} step {step}: {', '.join(bad)}")
@@ -495,7 +495,7 @@ class Run:
         return state["step"]
 
     def plot(self):
-        """Draw curve.png: PANELS along fine-tuning."""
+        """Draw curve.png: PANELS over the online steps."""
         figure = Figure(figsize=(6, 3 + len(PANELS)), layout="constrained")
         axes = figure.subplots(len(PANELS), sharex=True)
         for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
@@ -509,13 +509,13 @@ class Run:
 
 
 def accelerate(update, config: TrainConfig):
-    """An update without arguments, in config.precision, compiled, or as a CUDA graph.
+    """An update without arguments in config.precision; if set, compiled and as a CUDA graph.
 
     For a graph the first three calls warm up, the fourth captures, later ones replay: an update may
     change tensors in place only, and the next call overwrites its results.
     """
     if config.compile:
-        update = torch.compile(update, recompile_limit=1000)  # EDIS compiles in each training
+        update = torch.compile(update, recompile_limit=1000)  # EDIS compiles anew in each training
     # No cache: it would hold the casts of weights from before the optimizer's step.
     bf16 = config.precision == "bf16"
     update = torch.autocast(config.device, torch.bfloat16, bf16, cache_enabled=False)(update)

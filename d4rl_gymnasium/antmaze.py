@@ -47,13 +47,13 @@ def nearest_cell(maze_map, xy):
 
 
 def draw_goal(rng, maze_map, cell):
-    """Draws a goal (x, y) in a cell with D4RL's noise, which never leads below 0."""
+    """Draws a goal (x, y) in a cell with D4RL's noise; as there, coordinates below 0 become 0."""
     noise = rng.uniform(0.0, 1.0, 2) + rng.uniform(0.0, 0.5, 2)
     return np.maximum(cell_center(maze_map, cell) + noise, 0.0)
 
 
 def _maze_spec(ant_xml, maze_map):
-    """Makes Gymnasium's ant D4RL's and puts it among walls, with a marker for the goal."""
+    """Turns Gymnasium's ant into D4RL's and puts it among walls, with a marker for the goal."""
     spec = mujoco.MjSpec.from_file(ant_xml)
     spec.option.timestep = _TIMESTEP
     for actuator in spec.actuators:

@@ -113,7 +113,7 @@ def _fetch(known, path):
             f"{error}; put the file at {path} by hand, or use --data regenerated, which makes such "
             "data on this machine"
         ) from error
-    # Of a file that was there already, as the sum of all its bytes takes a second each time.
+    # A file that was there already is checked by its size alone: its SHA-256 would take a second.
     if path.is_file() and path.stat().st_size != known.dataset_bytes:
         raise DatasetError(
             f"{path} has the name of D4RL's file but {path.stat().st_size:,} bytes, not "

@@ -1,4 +1,4 @@
-"""A download that survives bad lines and servers: resume, retries, stall time-out, sum, lock."""
+"""Downloads that survive bad connections and servers: resume, retries, time-out, checksum, lock."""
 
 import contextlib
 import hashlib
@@ -50,7 +50,7 @@ def writing(path, variable="D4RL_DATASET_DIR"):
     except OSError as error:
         reason = one_line(error.strerror or error)
         raise DatasetError(
-            f"cannot write {path} ({reason}): make room or get leave to write there, or set "
+            f"cannot write {path} ({reason}): make room or get permission to write there, or set "
             f"{variable} to another folder"
         ) from error
 
@@ -126,7 +126,7 @@ def _refuse_link(path):
     """The downloader writes to a file of its own alone, not to what a link, say, leads to."""
     with writing(path), contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise DatasetError(f"{path} is no regular file but a link, say: move it away")
+            raise DatasetError(f"{path} is not a regular file but, say, a link: move it away")
 
 
 def _sha256(path):
@@ -165,7 +165,7 @@ def _fetch_once(url, part, stall_timeout):
     """One request that continues `part`; returns when it is complete, else raises."""
     start = _size(part)
     request = urllib.request.Request(url, headers={"User-Agent": "d4rl_gymnasium"})
-    if start:  # of another file than the server's: its sum will be wrong
+    if start:  # if it is part of another file, the checksum will not fit
         request.add_header("Range", f"bytes={start}-")
     try:
         response = urllib.request.urlopen(request, timeout=stall_timeout)

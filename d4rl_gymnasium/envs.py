@@ -151,7 +151,7 @@ _STATELESS_WRAPPERS = (
 
 
 def _wrapper_states(env):
-    """Yields the outermost wrappers first, each with the name of its one changing attribute."""
+    """Yields the stateful wrappers, outermost first, with the name of their changing attribute."""
     while isinstance(env, gymnasium.Wrapper):
         if isinstance(env, TimeLimit):
             yield env, "_elapsed_steps"
@@ -180,14 +180,14 @@ def get_env_state(env):
     """
     base = env.unwrapped
     if not isinstance(base, MujocoEnv):
-        raise ValueError(f"the state of {env.spec.id} cannot be saved: it is none of MuJoCo")
+        raise ValueError(f"the state of {env.spec.id} cannot be saved: it is no MuJoCo environment")
     physics = np.empty(mujoco.mj_stateSize(base.model, _INTEGRATION_STATE))
     mujoco.mj_getState(base.model, base.data, physics, _INTEGRATION_STATE)
     return {
         "env_id": env.spec.id,
         "physics": physics.tolist(),
         "behind": {name: getattr(base.data, name).tolist() for name in _BEHIND},
-        # What else an environment remembers it says by this method.
+        # By this method an environment reports what else it remembers.
         "task": base.task_state() if hasattr(base, "task_state") else {},
         "np_random": base.np_random.bit_generator.state,
         "action_space_np_random": base.action_space.np_random.bit_generator.state,

@@ -98,7 +98,7 @@ def digest(path: str | Path) -> str:
 
 @contextmanager
 def contents_of(path: Path):
-    """Inside of it, what a file holds is used: what is missing or does not fit is its fault.
+    """For a block that uses what a file holds: what is missing or does not fit is the file's fault.
 
     Raises:
         DamagedFileError: in place of the error.

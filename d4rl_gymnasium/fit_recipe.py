@@ -35,7 +35,7 @@ BEST_OF_REPLAY = {
 }
 # Pull of the shares towards equal ones, against errors relative to D4RL's figures.
 EVENNESS = 0.03
-SURELY = 1e6  # weight of the shares' sum, which is 1
+SURELY = 1e6  # weight of the condition that the shares add up to 1
 SEED = 30_000
 
 

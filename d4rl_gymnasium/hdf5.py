@@ -24,8 +24,8 @@ def opened(path):
             pass
     except OSError as error:
         raise DatasetError(
-            f"cannot read {path} ({one_line(error.strerror or error)}): get leave to read it, or "
-            "name another file"
+            f"cannot read {path} ({one_line(error.strerror or error)}): get permission to read it, "
+            "or name another file"
         ) from error
     try:
         # Some network file systems have no locks.

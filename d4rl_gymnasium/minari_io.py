@@ -136,12 +136,12 @@ def _environment_spec(env_id, dataset):
             if not isinstance(theirs, Box) or theirs.shape != ours.shape:
                 raise DatasetError(f"{wanted} has {name} {theirs}, {env_id} {ours}: use another")
         if not (np.all(env.action_space.low == -1) and np.all(env.action_space.high == 1)):
-            raise DatasetError(f"{wanted} has actions outside -1 and 1: use another")
+            raise DatasetError(f"{wanted} has action bounds other than -1 and 1: use another")
         try:
             env.reset()
             get_env_state(env)
         except ValueError as error:
-            raise DatasetError(f"{wanted} does not serve: {error}") from error
+            raise DatasetError(f"{wanted} cannot be used: {error}") from error
     return env.spec
 
 
@@ -178,7 +178,7 @@ def write(env_id, dataset, dataset_id, source):
         tempfile.TemporaryDirectory(dir=root, prefix=".writing-") as folder,
     ):
         with mock.patch.dict(os.environ, MINARI_DATASETS_PATH=folder), warnings.catch_warnings():
-            # It misses an e-mail address, a permalink and a second environment.
+            # Minari warns that e-mail address, permalink and evaluation environment are missing.
             warnings.simplefilter("ignore", UserWarning)
             try:
                 minari.create_dataset_from_buffers(dataset_id, buffers, env=env_id, **about)
@@ -203,8 +203,8 @@ def episodes(env_id, dataset):
     """The episodes of arrays of `get_dataset` as Minari's buffers, and a remark on their ends.
 
     The last observation of an episode is its last row's next one. Where the file has no next
-    observations, an episode that ends by time-out loses its last step, and behind a terminal,
-    where nothing is ever bootstrapped from, the last observation stands twice.
+    observations, an episode that ends by time-out loses its last step, and after a terminal,
+    where nothing is ever bootstrapped from, the last observation is repeated.
 
     Raises:
         DatasetError: the rows are not in the order of their episodes.

@@ -29,13 +29,13 @@ from d4rl_gymnasium.train_policies import (
 )
 
 CANDIDATES, BEST = 16, 4
-# Of the first spread, which the search does not fall below.
+# Smallest spread of the search, as a share of its first one.
 SMALLEST = 0.2
 # Rounds between looks at the mean of the search.
 PATIENCE = 5
 # Episodes of a look: a policy that falls in one of twenty episodes is no expert.
 JUDGED_BY = 30
-# Looked at as well: a part of the way to the centre of the search, where the ground is firmer.
+# Points that are judged: shares of the way to the search's mean, as short of it is safer.
 PARTS = (1.0, 0.85, 0.7)
 # Of the search over weights: pairs of mirrored candidates a round, the length of a step in units of
 # the spread, the memory of the gradient, and that of the average of the points gone through.
@@ -196,7 +196,7 @@ def main(args=None):
     parser.add_argument("--env", required=True, help="expert task, such as hopper-expert-v2")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--over", choices=list(SEARCHES), default="gains")
-    parser.add_argument("--spread", type=float, help="first one; gains: 0.05, weights: 0.003")
+    parser.add_argument("--spread", type=float, help="initial spread; gains: 0.05, weights: 0.003")
     parser.add_argument("--episodes", type=int, help="of a candidate; gains: 2, weights: 1")
     parser.add_argument("--noise", type=float, default=1.0, help="factor of the policy's noise")
     parser.add_argument("--seed", type=int, default=0)

@@ -254,7 +254,7 @@ def work(job):
     parent = os.getppid()
     for chunk in chunks:
         if os.getppid() != parent:
-            return  # the request was killed
+            return  # the process that started this one has ended
         arrays = _collect(env_id, seed, **chunk)
         final = _chunk_file(folder, chunk)
         partial = final.with_suffix(".partial")
@@ -264,7 +264,7 @@ def work(job):
             partial.write_bytes(data.getbuffer())
             os.replace(partial, final)
         except OSError as error:
-            sys.exit(error.errno or 1)  # in numbers: on a full disk the log holds no word
+            sys.exit(error.errno or 1)  # as a number: on a full disk the log can hold no message
 
 
 def _collect(env_id, seed, policy, rows, spawn_key):
@@ -352,7 +352,7 @@ def _joined(chunks, folder):
         rows = sum(chunk_rows for chunk_rows, _ in share)
         keys = share[0][1]
         part = {key: np.concatenate([arrays[key] for _, arrays in share])[:rows] for key in keys}
-        # Where terminals end no episode, the cut does even at one.
+        # In AntMaze terminals end no episode, so the cut is a time-out even at one.
         part["timeouts"][-1] = "infos/goal" in part or not part["terminals"][-1]
         parts.append(part)
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

@@ -25,7 +25,7 @@ ANT_STEP = 1.0
 
 
 def episode_bounds(dataset, in_maze=False):
-    """First row of each episode (n,) and the row behind its last one (n,).
+    """First row of each episode (n,) and the row after its last one (n,).
 
     In a maze, an ant that has reached the goal goes on there: D4RL's files mark every step at the
     goal as terminal. There a terminal ends an episode only where the ant is elsewhere afterwards.
@@ -231,7 +231,7 @@ def check(env_id, path, limit=20_000, seed=0):
     """
     infos = ("infos/qpos", "infos/qvel", "infos/rewarded_goal")
     dataset = get_dataset(env_id, str(path), keys=(*TRANSITION_KEYS, *infos))
-    wrapped = gymnasium.make(env_id)  # rescales actions where register_task was told to
+    wrapped = gymnasium.make(env_id)  # with the rescaling of actions that register_task adds
     wrapped.reset(seed=seed)
     env = wrapped.unwrapped
     qpos, qvel, usable, states = _states(env, dataset)

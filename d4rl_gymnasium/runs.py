@@ -23,16 +23,16 @@ from d4rl_gymnasium.tasks import TASKS
 
 CURES = {  # of what a file system refuses
     (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): "make room, then the same command resumes",
-    (errno.EACCES, errno.EPERM, errno.EROFS): "get leave to read and write there, or name another",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "get permission to use it, or name another",
     (errno.EISDIR,): "a folder stands where a file should be: move it away, or name a file (of a "
     "run its offline.pt)",
     (errno.ENOTDIR, errno.EEXIST): "a file or a dangling link stands where a folder should be: "
     "move it away, or name another folder",
-    (errno.ENOENT,): "look at the path, and for links in it that lead nowhere",
+    (errno.ENOENT,): "check the path, and any links in it that lead nowhere",
 }
 CURE = {number: cure for numbers, cure in CURES.items() for number in numbers}
 NO_MEMORY = re.compile("allocate|out of memory", re.IGNORECASE)  # of torch's RuntimeErrors
-# Above these no machine can hold a setting or come to its end; of all others 10**9.
+# Largest values, above which no machine has the memory or the time; of other settings 10**9.
 HIGHEST = dict.fromkeys(("regenerated_size", "online_iterations", "n_generated"), 10**8)
 HIGHEST |= dict.fromkeys(("batch_size", "behavior_batch_size", "model_batch_size"), 10**6)
 HIGHEST |= dict.fromkeys(("energy_batch_size", "n_unguided"), 10**6)
@@ -51,8 +51,8 @@ pyrallis.decode.register(bool, {True: True, False: False}.__getitem__)  # and "m
 
 @contextmanager
 def errors_in_one_line():
-    """End with one line of error what the user of a script can mend, and Ctrl-C or SIGTERM, also in
-    a job of a shell script, which has Ctrl-C ignored.
+    """On errors that the user can mend, Ctrl-C or SIGTERM, exit with one line; on Ctrl-C also in a
+    background job of a shell script, which starts with Ctrl-C ignored.
     """
     handlers = {}
     if threading.current_thread() is threading.main_thread():  # Python allows no other
@@ -73,7 +73,7 @@ def errors_in_one_line():
         sys.exit(f"error: {error.filename}: {error.strerror}: {cure}")
     except (MemoryError, RuntimeError) as error:
         if "home directory" in str(error):  # of pathlib
-            sys.exit("error: a path starts with ~ and a user who is not there: write it out")
+            sys.exit("error: a path starts with ~ and an unknown user: write it out")
         if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
             raise
         reason = one_line(error)[:200] or "no memory"
@@ -117,8 +117,8 @@ def refusal(error: Exception) -> str:
 
 def parser_of(config_class: type) -> pyrallis.argparsing.ArgumentParser:
     """Parser of a script's command line, with the comments of its settings as their help."""
-    # pyrallis would read the source again for every setting, which takes seconds: a class of no
-    # file spares it. Its help would also be another, of the banners above some settings.
+    # pyrallis would read the source again for every setting, which takes seconds, and take banners
+    # above settings for their help: a class without a source file spares both.
     of_no_file = {"__module__": "builtins", "__doc__": config_class.__doc__}
     fields = type(config_class.__name__, (config_class,), of_no_file)
     usage = "%(prog)s [--SETTING VALUE ...]; --help lists the settings"
@@ -186,7 +186,7 @@ class _NoKeyTwice(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key) for key, _ in node.value]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ValueError(f"{twice[0]} stands there twice")
+            raise ValueError(f"{twice[0]} is there twice")
         return super().construct_mapping(node, deep)
 
 

@@ -20,7 +20,7 @@ from d4rl_gymnasium.envs import get_env_state, set_env_state
 
 # Eight steps, then eight updates: one compiled call instead of eight.
 STEPS_PER_UPDATE = 8
-# What a run can't be continued with another value of.
+# Settings that must stay the same when a run is continued.
 SETTINGS = (
     "env", "algorithm", "seed", "batch_size", "actor_lr", "critic_lr", "policy_delay",
     "actor_width", "critic_width", "learning_starts",
@@ -173,7 +173,7 @@ class Run:
         return (self.seconds + time.monotonic() - self._clock) / 3600
 
     def save(self):
-        """Writes the checkpoint, whole or not at all, behind the transitions that it counts on."""
+        """Writes the checkpoint, whole or not at all, after the transitions that it counts on."""
         import jax
 
         self.replay.rows.flush()
@@ -206,7 +206,7 @@ class Run:
             if value != getattr(self.settings, name):
                 raise ValueError(f"{path} is of a run with --{name} {value}: use another folder")
         if state["step"] > self.settings.steps:
-            raise ValueError(f"{path} is at step {state['step']:,}, behind --steps")
+            raise ValueError(f"{path} is at step {state['step']:,}: raise --steps to at least that")
         structure = jax.tree.structure(_agent_state(self.agent, self.settings.algorithm))
         trained, self.agent.ent_coef_state, self.agent.key = jax.tree.unflatten(structure, leaves)
         for name, value in zip(TRAINED[self.settings.algorithm], trained, strict=True):

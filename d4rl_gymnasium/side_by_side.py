@@ -17,7 +17,7 @@ class EvalEnvs(VectorEnv):
     Args:
         env_id: id of the environments for `gymnasium.make`.
         n: number of environments.
-        n_threads: MuJoCo's steps run outside Python's lock, about 4/5 of the time: few suffice.
+        n_threads: a few suffice: only MuJoCo's steps, 4/5 of the time, run outside Python's lock.
         options: further arguments of `gymnasium.make`, such as `render_mode`.
     """
 

@@ -38,7 +38,7 @@ class Task:
     ref_min_score: float
     ref_max_score: float
     max_episode_steps: int
-    dataset_url: str = ""  # none of a task of `register_task`
+    dataset_url: str = ""  # empty for a task of `register_task`
     dataset_bytes: int = 0
     dataset_sha256: str = ""
 

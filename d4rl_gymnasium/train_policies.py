@@ -75,7 +75,7 @@ def snapshot(run, env, episodes):
     numbers = [plain.mean(), plain.std(), noisy.mean(), noisy.std()]
     numbers += [score(env_id, plain), score(env_id, noisy)]
     row = [run.step, *(f"{number:.1f}" for number in numbers), f"{run.hours():.3f}"]
-    # Rows from behind the last checkpoint give way to those of the continued run.
+    # Rows from after the last checkpoint give way to those of the continued run.
     rows = [old for old in read_log(run.directory) if int(old["step"]) < run.step]
     write_log(run.directory, [*(old.values() for old in rows), row])
     print(*(f"{name}={value}" for name, value in zip(COLUMNS, row, strict=True)), flush=True)
@@ -188,7 +188,7 @@ def select(args):
 def goal_of(env_id):
     """Mean return of D4RL's file of an expert or medium task; of another task a ValueError."""
     if env_id.removesuffix("-v2").split("-", 1)[1] not in TOLERANCE:
-        raise ValueError(f"{env_id} has no one policy: name an expert or medium task")
+        raise ValueError(f"{env_id} has no single policy: name an expert or medium task")
     return known_of(env_id)["return mean"]
 
 
@@ -197,7 +197,7 @@ def store_variant(policy, robot, variant, goal):
     error = policy.return_mean / goal - 1
     print(f"return {policy.return_mean:,.0f}, D4RL's file {goal:,.0f}: {100 * error:+.1f}%")
     if abs(error) > TOLERANCE[variant]:
-        print(f"more than {100 * TOLERANCE[variant]:.0f}% off: train longer, or say so")
+        print(f"more than {100 * TOLERANCE[variant]:.0f}% off: train longer, or document it")
     store(policy, f"{robot}-{variant}")
 
 

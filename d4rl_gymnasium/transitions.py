@@ -1,4 +1,4 @@
-"""What learning takes of a data set: transitions, episodes, and the range of their returns."""
+"""What learning takes from a data set: its transitions and its episodes."""
 
 import numpy as np
 
@@ -11,13 +11,13 @@ def qlearning_dataset(
 ):
     """The transitions of a data set, bit for bit those of D4RL's function of this name.
 
-    A next observation is the observation of the next row. Behind a terminal that is the first one
+    A next observation is the observation of the next row. After a terminal that is the first one
     of another episode, which bootstrapping never reads; a step that ends by time-out is left out,
     since its next observation is lost, unless `terminate_on_end` asks for it.
 
-    Unlike in D4RL, the `next_observations` of a file are used where those of the next rows are
-    others within an episode, as in a file whose rows were shuffled: all of its rows are then
-    transitions. A line says so, as it does where the data has no timeouts.
+    Unlike in D4RL, a file's `next_observations` are used if, within an episode, they differ from
+    the observations of the next rows, as when the rows were shuffled: every row is then a
+    transition. A printed line says so, as it does where the data has no timeouts.
 
     Args:
         env_or_id: as in `get_dataset`. Where the data has no timeouts, the episode limit of the
@@ -79,7 +79,7 @@ def sequence_dataset(env_or_id, dataset=None, *, data="d4rl", regenerated_size=2
     """The episodes of a data set one by one, those of D4RL's function of this name.
 
     An episode ends at a terminal or a time-out, so on AntMaze, where D4RL's files mark every step
-    at the goal as terminal, also there. What stands behind the last end is left out.
+    at the goal as terminal, also there. Rows after the last end are left out.
 
     Args:
         env_or_id: as in `qlearning_dataset`.
@@ -146,7 +146,7 @@ def episode_starts(dataset):
 def timeouts_of(dataset, limit, behind_timeout=0):
     """The timeouts of arrays of `get_dataset`, (N,) bool; a limit in steps stands in for them.
 
-    `behind_timeout` is the step count of the first row behind a time-out, see `_limit_steps`.
+    `behind_timeout` is the step count of the first row after a time-out, see `_limit_steps`.
     """
     if "timeouts" in dataset:
         return dataset["timeouts"].astype(bool)
@@ -156,8 +156,8 @@ def timeouts_of(dataset, limit, behind_timeout=0):
 def _limit_steps(terminals, limit, behind_timeout):
     """Mark the rows at which D4RL's step count reaches the episode limit.
 
-    D4RL sets the count to 0 at the end of an episode and then adds the row if it keeps it: behind
-    a terminal, which is kept, the count begins at 1. Behind a time-out it begins at 0 in
+    D4RL sets the count to 0 at the end of an episode and then adds the row if it keeps it: after
+    a terminal, which is kept, the count begins at 1. After a time-out it begins at 0 in
     `qlearning_dataset`, which leaves that row out, and at 1 in `sequence_dataset`.
     """
     marks = np.zeros(len(terminals), bool)

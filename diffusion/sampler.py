@@ -55,7 +55,7 @@ class EnergyGuidedSampler:
 
     def add_support(self, n_states: int):
         """Draw support actions for the first n_states online states, many at a time."""
-        # At first when there are twice as many, so that early batches do not repeat a few states.
+        # At first whenever their number doubles, so that early batches do not repeat a few states.
         if not self.has_support or n_states - self.n_added < min(SUPPORT_CHUNK, self.n_added):
             return
         new, config = slice(self.n_added, n_states), self.config
@@ -163,7 +163,7 @@ def cached_behavior(config, states: Tensor, actions: Tensor, accelerate) -> Beha
             report = progress("behavior model", config.behavior_iterations)
             train_behavior(model, states, actions, config, path, report, accelerate)
             save(path, {"behavior": model.state_dict()})
-        Path(f"{path}.partial").unlink(missing_ok=True)  # also what a kill here had left
+        Path(f"{path}.partial").unlink(missing_ok=True)  # also one that a kill just here left
     model.zero_grad()  # frees the last update's gradients
     if config.precision == "bf16":  # else autocast casts the weights in every solver step
         for parameter in model.parameters():

@@ -16,7 +16,7 @@ from diffusion.networks import BehaviorModel, EnergyModel
 from diffusion.process import T_MAX, T_MIN, perturb
 
 REPORT_EVERY = 1_000  # updates between looks at the loss, each of which waits for the device
-SAVE_SECONDS = 300.0  # age at which a report saves the training again
+SAVE_SECONDS = 300.0  # once so long has passed, the next report saves the training
 SETTINGS = ("behavior_iterations", "behavior_batch_size", "behavior_lr", "behavior_lr_decay")
 SETTINGS += ("behavior_seed",)
 WARM_UP = 0.02  # share of the updates

@@ -114,7 +114,7 @@ def warm_up(call):
 
 
 def dataset() -> dict:
-    """Columns of a dataset that holds no task."""
+    """Columns of a made-up dataset: random numbers and zeros."""
     data = {
         "observations": np.random.randn(ROWS, STATE_DIM).clip(-1, 1),
         "actions": np.random.uniform(-1, 1, (ROWS, ACTION_DIM)),
@@ -241,7 +241,7 @@ def time_script(script: str, args) -> dict:
 
 
 def profile(call, device: str):
-    """Print the operators that take most of the time of one call."""
+    """Print the operators that take most of the time of five calls."""
     for _ in range(5):
         call()
     kinds = [torch.profiler.ProfilerActivity.CPU]

@@ -1,10 +1,10 @@
 """How wide is a run's policy? python results/deviation.py RUN... [--csv FILE]
 
-The arguments are folders of runs of the IQL group; call it where they were started. A row for each
-has the standard deviation of the policy, the mean over the components of the action: in the offline
-agent that fine-tuning started from, and in the run's checkpoint.pt (of PEX: of its new policy).
-Along newer runs its logarithm is in train.csv (log_std). The rows are appended to --csv; that of
-the same run is replaced.
+The arguments are folders of runs of the IQL group. Call it where the runs were started, since
+their --load_model may be relative. A row for each has the standard deviation of the policy, the
+mean over the components of the action: in the offline agent that fine-tuning started from, and in
+the run's checkpoint.pt (of PEX: of its new policy). In newer runs its logarithm is also in
+train.csv (log_std). The rows are appended to --csv; that of the same run is replaced.
 """
 
 import argparse

@@ -2,16 +2,16 @@
 
     python results/exchange.py runs/dare_iql/hopper-medium-v2/seed_0 --csv rows.csv --picture x.png
 
-RUN_DIR is the folder of a run of dare_iql.py, or of a copy of it, with its checkpoint.pt at any
+The argument is the folder of a run of dare_iql.py, or of a copy, with its checkpoint.pt at any
 online step with updates. For several steps give the run a smaller --online_iterations, call this
 program, and go on with a larger one. Each call appends its rows to --csv, where those of the same
 run and step are replaced, and draws --picture from all rows of this run there.
 
 2,500 rows of the data and 2,500 online ones are scored by the checkpoint's reference policy. The
 table has the separation point and the share of rows exchanged; for each of 40 bins of the score the
-densities of both halves; and for the rows that the exchange moves and those that it leaves the mean
-Q, the discounted return that followed, and their number. Returns are of rows that an end follows,
-or 500 more steps of the episode.
+densities of both halves; and for the rows that the exchange moves and for those that it leaves
+their number, mean Q and mean discounted return, all over the rows whose return is known: the
+episode terminates after them, or goes on for 500 steps.
 """
 
 import argparse
@@ -40,7 +40,7 @@ RUN = "env", "name", "seed"
 def returns_to_go(rows, discount: float) -> np.ndarray:
     """Discounted returns [N] of consecutive transitions; NaN where too little of them is known.
 
-    Known is a return whose episode terminates, or goes on for HORIZON steps.
+    A return is known if the episode terminates, or goes on for HORIZON steps.
     """
     rewards, terminals = rows.rewards.double().numpy(), rows.terminals.numpy() > 0
     follows = (rows.next_observations[:-1] == rows.observations[1:]).all(1).numpy()
@@ -187,7 +187,7 @@ def main():
     parser.add_argument("--picture", type=Path, help="PNG of all rows of this run")
     args = parser.parse_args()
     if args.picture and args.picture.suffix != ".png":
-        parser.error("--picture ends in .png")
+        parser.error("--picture must end in .png")
     with errors_in_one_line():
         new = rows_of(args.run.resolve())
         add_rows(args.csv, new, (*RUN, "step"), own="separation")

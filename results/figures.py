@@ -82,8 +82,8 @@ def series(record: Record, shows: str) -> tuple[np.ndarray, np.ndarray]:
 def mean_and_band(records: list[Record], shows: str) -> tuple:
     """Steps [T] to the end of the shortest seed, mean over seeds [T], and its band's ends [2, T].
 
-    This is the range of fewer than four seeds, whose interval would hide them, and otherwise the
-    mean's 95% t interval.
+    The band is the range of fewer than four seeds, whose wide interval would hide the curves, and
+    otherwise the mean's 95% t interval.
 
     Raises:
         ValueError: the seeds do not have the same steps.
@@ -179,7 +179,7 @@ def grid(titles, xlabel: str, text: str, height: float = 1.25) -> tuple[Figure, 
 
 
 def draw_curves(plan: Experiment, panels: dict) -> Figure:
-    """Means and bands along the online steps, a panel for each task."""
+    """Means and bands over the online steps, a panel for each task."""
     figure, axes = grid(list(panels), "online environment steps", caption(plan, panels))
     lines = {}
     for ax, runs in zip(axes, panels.values(), strict=True):

@@ -4,8 +4,8 @@
     python results/grid.py run EXPERIMENT ... --dry_run  the plain commands, stage by stage
     python results/grid.py run EXPERIMENT ...            run what is not finished, with Ray
 
-An experiment is methods x tasks x seeds (lib/experiments.py); a run that several of them have is
-one run. Each offline agent is trained once, by a run named prepare_<baseline>, and fine-tuning
+An experiment is methods x tasks x seeds (lib/experiments.py); a run that several of them share is
+made once. Each offline agent is trained once, by a run named prepare_<baseline>, and fine-tuning
 starts from its offline.pt; the sampler's cache is filled by a run named prepare_<method>. Paths
 (--runs_dir, data, configuration files) are relative to the repository.
 """
@@ -74,7 +74,7 @@ class Run:
     def changed(self) -> list[str]:
         """Settings of which the run in the directory has other values than this one.
 
-        Fewer online steps are none: the command goes on from there.
+        If that run has fewer online steps, this is no change: the command goes on from there.
         """
         if not (old := read_yaml(self.directory / "config.yaml")):
             return []
@@ -86,7 +86,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Online steps that it shall have."""
+        """Online steps that the run is to have."""
         return config_of(self).online_iterations
 
     @property
@@ -174,7 +174,7 @@ def has_reference(method: Method) -> bool:
 
 
 def check_agent(run: Run, agent: Run):
-    """Refuse a run that would refuse the agent, before hours have gone into that.
+    """Refuse a run that would refuse the agent, before hours have gone into training it.
 
     Raises:
         SystemExit: their settings differ in what --load_model compares.
@@ -195,7 +195,7 @@ def check_method(name: str):
         SystemExit: it has no entry, script or offline agent, or its script has no such setting.
     """
     if name not in METHODS:
-        sys.exit(f"error: an experiment in {METHODS_FILE} has {name}, METHODS there has not")
+        sys.exit(f"error: an experiment in {METHODS_FILE} has {name}, which METHODS there lacks")
     method = METHODS[name]
     if not (ROOT / "algorithms" / f"{method.script}.py").exists():
         sys.exit(f"error: {name} of {METHODS_FILE} has the script {method.script}: "
@@ -263,7 +263,7 @@ def plan(names: list[str], options: dict, methods=None, tasks=None, seeds=None) 
             load_model = {"load_model": str(agent.folder / "offline.pt")}
             run = make_run(name, method, env, seed, experiment, options, **load_model)
             run = add(dataclasses.replace(run, needs=tuple(needs)))
-            if (name, env) not in checked:  # for one seed as for all
+            if (name, env) not in checked:  # one seed stands for all
                 check_agent(run, agent)
                 checked.add((name, env))
     return sorted(runs.values(), key=lambda run: run.stage)

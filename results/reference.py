@@ -9,7 +9,7 @@ are distances from these policies. A row for each policy is printed and appended
 
 - score: normalized, mean and standard error over --n_episodes episodes;
 - q_gain: Q of its actions less the mean Q of support actions, in units of Q's spread over these;
-- distance: to the nearest of the K support actions of a state (of the same number of others);
+- distance: to the nearest of K support actions of the state, drawn anew;
 - at_bounds: share of action components at a bound.
 
 The last three are means over 1,000 states of the data. Policies: support actions (unguided

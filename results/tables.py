@@ -665,7 +665,7 @@ MARKED = "README.md", "results/README.md"
 
 
 def with_blocks(text: str) -> str:
-    """A page with its blocks made anew; of a page without marks the page.
+    """A page with its blocks made anew; a page without marks stays as it is.
 
     Raises:
         ValueError: a mark names no block, or has no end.

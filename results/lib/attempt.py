@@ -32,7 +32,7 @@ def attempt(command: list[str], steps: int, directory: str, log: str):
         RuntimeError: it failed, or another process holds the run's directory.
         KeyboardInterrupt: the task was cancelled; the command was told to stop.
     """
-    # Under nohup a worker starts with interrupts ignored, and by one a task is cancelled.
+    # Under nohup a worker starts with interrupts ignored, but a task is cancelled by one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def attempt_alone(command: list[str], directory: Path, log: Path):
     made = {"commit": git_commit(), "hardware": hardware()}
     made["torch"] = importlib.metadata.version("torch")
     made = {k: joined(job.get(k), now) for k, now in made.items()}
-    # Empty until the attempt's end: of an attempt that was killed with its worker it is not known.
+    # Empty until the attempt's end: they stay unknown if it is killed with its worker.
     costs = {"seconds": None, "peak_memory_gb": None, "attempts": job.get("attempts", 0) + 1}
     job = {"command": shlex.join(command), **made, **costs}
     write(path, yaml.safe_dump(job, sort_keys=False))

@@ -15,8 +15,8 @@ from lib.table import Cell, Table
 class Claim:
     """A statement of the paper about `method` and `others`, of a kind in KINDS.
 
-    Runs that are shorter than `at_least` online steps say nothing of it, of longer ones those up to
-    step `until` count.
+    Runs of fewer than `at_least` online steps are left out; those that go on beyond step `until`
+    are cut there.
     """
 
     section: str
@@ -52,7 +52,7 @@ class Kind:
     digits: int = 1
 
     def interval(self, strata: list[np.ndarray]) -> tuple[float, float] | None:
-        """95%: of means Student's t, of a gain that of the differences, of others a bootstrap."""
+        """95%: Student's t for means and (by the differences) gains, a bootstrap for the others."""
         if self.statistic is mean_of_tasks:
             return t_interval(strata)
         if self.statistic is gain:  # in percent of the other's total, taken as known

@@ -255,7 +255,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def csv_text(rows: list[dict]) -> str:
-    """Rows as CSV with the union of their columns; floats to six digits, which halve the files."""
+    """Rows as CSV with the union of their columns; floats to six digits, which halves the files."""
 
     def short(x):
         if not isinstance(x, float):
@@ -313,7 +313,7 @@ def write_records(
         rows = [named(r, row) for r in records for row in getattr(r, kind)
                 if kind == "eval" or row["phase"] == "online"]  # fmt: skip
         write_rows(folder / f"{kind}.csv", rows)
-    # Behind them, for rows of runs that it does not name are not read.
+    # Written last, for rows of runs that runs.csv does not name are not read.
     write_rows(folder / "runs.csv", [named(r, r.settings) for r in records])
     write_costs(folder / "prepared.csv", prepared, add)
     return records

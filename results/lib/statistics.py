@@ -1,8 +1,8 @@
 """Means over runs and tasks, and their 95% intervals.
 
 Intervals of means are Student's t, as few runs make percentile bootstraps too narrow; those of
-other statistics are percentile bootstraps. In both each task's runs (a stratum) stand for
-themselves, and the tasks are fixed. Standard deviations are those of the population.
+other statistics are percentile bootstraps. Both let the runs within each task (a stratum)
+vary, and take the tasks as given. Standard deviations are those of the population.
 """
 
 import numpy as np

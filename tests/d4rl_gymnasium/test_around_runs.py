@@ -60,13 +60,13 @@ class Settings:
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("seed: 1\nrate: 0.5\nseed: 2\n", "seed stands there twice"),
+        ("seed: 1\nrate: 0.5\nseed: 2\n", "seed is there twice"),
         ("", "no settings"),
         ("- 1\n- 2\n", "no settings"),
         ("42\n", "no settings"),
         ("seed: [1]\n", "seed needs one plain value"),
         ("seed:\n", "seed needs one plain value"),
-        ("seed: {a: 1, a: 2}\n", "a stands there twice"),
+        ("seed: {a: 1, a: 2}\n", "a is there twice"),
         ("seed: 2020-01-01\n", "seed needs one plain value"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "a needs one plain value"),
         ("[" * 5000, "recursion"),
@@ -150,7 +150,7 @@ def test_a_setting_of_none_needs_a_preset_of_each_family(monkeypatch):
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/runs/x"),
-            "error: /runs/x: Permission denied: get leave to read and write there, or name another",
+            "error: /runs/x: Permission denied: get permission to use it, or name another",
         ),
         (OSError("damaged"), "error: damaged"),
         (
@@ -159,7 +159,7 @@ def test_a_setting_of_none_needs_a_preset_of_each_family(monkeypatch):
         ),
         (
             RuntimeError("Could not determine home directory."),
-            "error: a path starts with ~ and a user who is not there: write it out",
+            "error: a path starts with ~ and an unknown user: write it out",
         ),
         (
             RuntimeError("[enforce fail]\n can't allocate memory"),

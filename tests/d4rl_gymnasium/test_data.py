@@ -427,7 +427,7 @@ def test_a_file_without_leave_to_read_it_is_one_line(write, monkeypatch):
             return real(name, *args)
 
         monkeypatch.setattr("builtins.open", closed)
-    with pytest.raises(d4rl.DatasetError, match="cannot read .*Permission denied.*get leave"):
+    with pytest.raises(d4rl.DatasetError, match="cannot read .*Permission denied.*get permission"):
         d4rl.get_dataset(HOPPER, path)
 
 

@@ -364,7 +364,7 @@ class PlainEnv(gymnasium.Env):
         ("walker-v0", r"observations have shape \(.*17\), hopper-medium-v2 .* needs \(.*11\)"),
         ("short-v0", "episode 0 of Minari's short-v0 has 5 observations and 5 steps"),
         ("lost-v0", "Temporary-v0, cannot be made .*no_such_package"),
-        ("no-mujoco-v0", "no-mujoco-v0, Temporary-v0, does not serve: .* it is none of MuJoCo"),
+        ("no-mujoco-v0", "no-mujoco-v0, Temporary-v0, cannot be used: .* no MuJoCo environment"),
     ],
 )
 def test_a_data_set_that_does_not_serve_is_one_line(minari, hopper, capsys, dataset_id, message):

@@ -194,7 +194,7 @@ FAULTS = {
     "Gymnasium's": ("Hopper-v5", "InvertedPendulum-v5", {}, "is an environment already"),
     "malformed": ("my robot!", "InvertedPendulum-v5", {}, "'my robot!' is no id"),
     "unknown": (PENDULUM, "NoSuchRobot-v0", {}, "cannot make 'NoSuchRobot-v0'"),
-    "another simulator": (PENDULUM, "Pendulum-v1", {}, "none of MuJoCo"),
+    "another simulator": (PENDULUM, "Pendulum-v1", {}, "no MuJoCo environment"),
     "discrete actions": (PENDULUM, "CartPole-v1", {}, "only vectors are supported"),
     "endless": (PENDULUM, "Endless-v0", {}, "no episode limit"),
     "scores": (PENDULUM, "InvertedPendulum-v5", {"ref_max_score": 0.0}, "must increase"),

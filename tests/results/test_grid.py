@@ -252,7 +252,7 @@ def test_the_readmes_lines_for_a_method_of_your_own(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "method, message",
     [
-        (None, "has other, METHODS there has not"),
+        (None, "has other, which METHODS there lacks"),
         (Method("Mine", "#000000", "mime"), "there is no algorithms/mime.py"),
         (Method("Mine", "#000000", "iql", {"bata": 7}), "the setting bata, which algorithms/iql"),
         (Method("Mine", "#000000", "iql", offline="mime"), "give BASELINES.* the name of a method"),
