@@ -225,29 +225,36 @@ def comparison(runs: dict) -> list[Table]:
     ]  # fmt: skip
 
 
+DIFFERENCES = {"difference": "last_four", "in the seeds": "last_four"}
+DIFFERENCES |= {"all evaluations": "after_updates", "the last": "last"}
+
+
+def differences_of(runs: dict, method: str, other: str, task: str) -> dict:
+    """Of method and other on a task, by the columns DIFFERENCES."""
+    found = {k: differences(runs, method, other, task, of) for k, of in DIFFERENCES.items()}
+    by_seed = ", ".join(f"{x:+.1f}" for x in found["in the seeds"][0])
+    return {k: over_tasks([pair]) for k, pair in found.items()} | {"in the seeds": by_seed}
+
+
 def pairs(runs: dict) -> list[Table]:
     """The difference of every two methods on each task, with those of the seeds, and over all."""
     rows, tasks = [], sorted({task for _, task in runs})
-    measures = {"difference": "last_four", "all evaluations": "after_updates", "the last": "last"}
     methods = list(itertools.combinations(in_order({method for method, _ in runs}), 2))
     for task in tasks:
         for other, method in methods:
             row = {"task": task, "method": method_of(method).label, "minus": method_of(other).label}
-            found = {k: differences(runs, method, other, task, of) for k, of in measures.items()}
-            row |= {k: over_tasks([pair]) for k, pair in found.items()}
+            row |= differences_of(runs, method, other, task)
             if row["difference"]:
-                row["in the seeds"] = ", ".join(f"{x:+.1f}" for x in found["difference"][0])
                 rows.append(row)
     for other, method in methods:
-        row = {"method": method_of(method).label, "minus": method_of(other).label}
-        for k, of in measures.items():
+        row = {"task": "", "method": method_of(method).label, "minus": method_of(other).label}
+        for k, of in DIFFERENCES.items():
             found = averaged([differences(runs, method, other, task, of) for task in tasks])
-            row |= {"task": f"{len(found)} tasks", k: over_tasks(found)}
+            row[k] = over_tasks(found)
         if len(found) > 1:
-            rows.append(row)
-    order = "task", "method", "minus", "difference", "in the seeds", "all evaluations", "the last"
+            rows.append(row | {"task": f"{len(found)} tasks", "in the seeds": None})
     return [
-        Table("Every two methods", [{k: row.get(k) for k in order} for row in rows],
+        Table("Every two methods", rows,
               ["Differences of last-four means (pairs of runs), with 95% t intervals; then of the "
                "means of all evaluations after online updates, and of the last evaluation. Over "
                "several tasks, those with two pairs or more if there are any: their mean, and the "
@@ -616,6 +623,20 @@ def answer_block() -> str:
     return Table("DARE-I and IQL", rows, notes).markdown()
 
 
+def longer_block() -> str:
+    """What does what in the longer runs, with the differences of the seeds."""
+    runs, rows = by_seed(read_records(RECORDS / "longer")), []
+    for task in sorted({task for _, task in runs}):
+        for question, pair in QUESTIONS.items():
+            row = differences_of(runs, *pair, task)
+            if row["difference"]:
+                rows.append({"task": task.removesuffix("-v2"), "question": question, **row})
+    notes = ["Differences of last-four means (pairs of runs), with 95% t intervals, and of each "
+             "seed; then of the means of all evaluations after online updates, and of the last "
+             "evaluation."]  # fmt: skip
+    return Table("Differences in the longer runs", rows, notes).markdown()
+
+
 SCORED = "dare_iql_resample"  # whose runs results/readings/scores.csv has on every task
 
 
@@ -659,7 +680,7 @@ def deviation_block() -> str:
 PAGES = {f"results/{name}/README.md": functools.partial(record_page, name) for name in STUDY}
 # Written between the marks <!-- NAME: python results/tables.py pages --> and <!-- end of NAME -->,
 # in these pages.
-BLOCKS = {"answer": answer_block, "scores": score_readings_block}
+BLOCKS = {"answer": answer_block, "longer": longer_block, "scores": score_readings_block}
 BLOCKS["deviation"] = deviation_block
 MARKED = "README.md", "results/README.md"
 

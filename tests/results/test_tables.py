@@ -594,6 +594,24 @@ def test_the_answer_compares_seeds_that_both_methods_have(monkeypatch):
     assert mean.endswith("|  |  |  |  | **+5.5 (4); +4.0 to +7.0** | **+4.0 (4); +4.0 to +4.0** |")
 
 
+def test_the_longer_runs_have_differences_and_those_of_the_seeds(monkeypatch):
+    """Of 4 and 6 the 95% t interval is 5 -+ 12.706; a task where no question has a pair is out."""
+    scores = {"iql": [0, 0], "dare_iql": [4, 6]}
+    found = [
+        run(name, H, seed, [1] + [score] * 4)
+        for name, of in scores.items()
+        for seed, score in enumerate(of)
+    ]
+    found.append(run("iql", W, 0, [1] * 5))
+    monkeypatch.setattr(tables, "read_records", lambda folder: found)
+    cell = "+5.0 (2); -7.7 to +17.7"
+    row = (
+        f"| {H.removesuffix('-v2')} | DARE-I against IQL | {cell} | +4.0, +6.0 | {cell} | {cell} |"
+    )
+    lines = tables.longer_block().splitlines()
+    assert [x for x in lines if x.startswith("| ")][1:] == [row]
+
+
 def test_the_answer_of_the_readme_is_one_small_table():
     block = tables.answer_block()
     assert ("\n" + block).count("\n### ") == 1 and len(block.splitlines()) < 16
